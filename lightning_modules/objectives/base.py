@@ -1,0 +1,77 @@
+"""The contract between an objective and the module that runs the networks for it.
+
+``query`` says where to look, ``loss`` what it costs, from tensors alone. The module does the forwards, so that
+no objective can run the reference with gradients or a network twice on one input, and every loss can be tested
+with three numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_modules.batches import Conditioning, DenoiserQuery
+from lightning_modules.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What an objective returns.
+
+    Attributes:
+        loss: scalar, the mean over the batch's pairs, fp32, with gradient.
+        metrics: detached scalars, each a mean over the pairs; logged as ``train/<name>``.
+    """
+
+    loss: Float[Tensor, ""]
+    metrics: dict[str, Float[Tensor, ""]]
+
+
+class Objective(ABC):
+    """A preference objective as a strategy: subclass it as a frozen dataclass of its hyper-parameters.
+
+    Attributes:
+        needs_reference: whether ``loss`` reads ``reference_noise``.
+        needs_rejected: whether it reads the rejected picture.
+    """
+
+    needs_reference: bool = True
+    needs_rejected: bool = True
+
+    @abstractmethod
+    def query(
+        self, batch: Any, cond: Conditioning, schedule: NoiseSchedule, generators: Sequence[torch.Generator]
+    ) -> DenoiserQuery:
+        """Choose noise and timesteps and say where the denoiser has to be evaluated.
+
+        Args:
+            batch: b pairs, on the device of the networks.
+            cond: one row a pair.
+            schedule: the diffusion schedule.
+            generators: one CPU generator a pair; every draw for pair i comes from ``generators[i]``.
+        """
+
+    @abstractmethod
+    def loss(
+        self,
+        batch: Any,
+        query: Any,
+        policy_output: Float[Tensor, "n c h w"],
+        reference_output: Float[Tensor, "n c h w"] | None,
+        schedule: NoiseSchedule,
+    ) -> LossOutput:
+        """The loss from the networks' outputs at ``query``, in fp32.
+
+        Args:
+            batch: as in ``query``.
+            query: what ``query`` returned.
+            policy_output: the policy's raw prediction (noise or velocity, after guidance), with gradient.
+            reference_output: the reference's, without; None if ``needs_reference`` is False.
+            schedule: the diffusion schedule.
+        """

@@ -1,0 +1,73 @@
+"""What the rest of the framework may ask of a text-to-image diffusion model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_modules.batches import Conditioning, DenoiserQuery
+from lightning_modules.schedule import NoiseSchedule
+
+
+class DiffusionPolicy(nn.Module, ABC):
+    """A denoiser with its autoencoder, text encoders and noise schedule. Only subclasses know networks.
+
+    Attributes:
+        schedule: the noise schedule that the checkpoint was trained with.
+        latent_channels: c.
+        downscale: pixels a latent cell, along one side.
+        image_size: side of the pictures it makes, in pixels, unless told otherwise.
+    """
+
+    schedule: NoiseSchedule
+    latent_channels: int
+    downscale: int
+    image_size: int
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> nn.Module:
+        """The network under training; what a ``FrozenCopy`` reference copies."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """One row a prompt, padded or cut to the tokenizer's length. Gradients flow only if the text encoder trains."""
+
+    @abstractmethod
+    def encode_images(
+        self, images: Float[Tensor, "n 3 H W"], generators: Sequence[torch.Generator] | None = None
+    ) -> Float[Tensor, "n c h w"]:
+        """VAE latents times the scaling factor, fp32, without gradient.
+
+        Args:
+            images: RGB in [-1, 1].
+            generators: one a picture to draw from the VAE's posterior; None takes its mean.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
+        """RGB in [0, 1], fp32, without gradient."""
+
+    @abstractmethod
+    def predict_noise(self, query: DenoiserQuery) -> Float[Tensor, "n c h w"]:
+        """The denoiser's raw output (noise, or velocity for a v-prediction model) with guidance applied, in fp32.
+
+        Guidance contrasts with the empty prompt and carries gradient through both branches.
+        """
+
+    @abstractmethod
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters under training; fp32 whatever the precision of the rest."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: Path) -> None:
+        """Write what plain diffusers loads: LoRA weights for ``load_lora_weights``, or a ``unet`` folder."""
