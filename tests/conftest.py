@@ -1,0 +1,46 @@
+"""Shapes in signatures are checked while the tests run; no test reaches the network."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(
+    [
+        "lightning_modules.batches",
+        "lightning_modules.schedule",
+        "lightning_modules.objectives",
+        "lightning_modules.rewards",
+        "lightning_modules.randomness",
+        "lightning_modules.sampling",
+        "lightning_modules.references",
+    ],
+    "beartype.beartype",
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tests run side by side on few cores; and fp32 sums don't depend on the number of threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Known answers made by the papers' official code: ``golden("dpo_loss")`` is a dict of tensors."""
+    return lambda name: load_file(TESTS / "golden" / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def pipelines():
+    """The folder of the tiny random-weight pipelines: tiny-sd15, tiny-sdxl, tiny-pickscore, tiny-spm."""
+    return TESTS / "pipelines"
