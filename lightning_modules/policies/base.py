@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -58,15 +59,32 @@ class DiffusionPolicy(nn.Module, ABC):
         """RGB in [0, 1], fp32, without gradient."""
 
     @abstractmethod
-    def predict_noise(self, query: DenoiserQuery) -> Float[Tensor, "n c h w"]:
+    def predict_noise(self, query: DenoiserQuery, denoiser: nn.Module | None = None) -> Float[Tensor, "n c h w"]:
         """The denoiser's raw output (noise, or velocity for a v-prediction model) with guidance applied, in fp32.
 
-        Guidance contrasts with the empty prompt and carries gradient through both branches.
+        Guidance contrasts with the negative (by default empty) prompt and carries gradient through both branches.
+
+        Args:
+            query: where to evaluate it.
+            denoiser: a copy of ``self.denoiser`` to use in its place; None uses the policy's own.
         """
 
     @abstractmethod
+    def adapters_disabled(self) -> AbstractContextManager[None]:
+        """Within it the policy computes as it did before training; ``requires_grad`` is afterwards as it was.
+
+        Raises:
+            ConfigError: the policy has no adapters.
+        """
+
+    @property
+    def trainable_names(self) -> tuple[str, ...]:
+        """Names of the parameters under training, as in ``named_parameters()``."""
+        return tuple(name for name, parameter in self.named_parameters() if parameter.requires_grad)
+
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
-        """The parameters under training; fp32 whatever the precision of the rest."""
+        """The parameters under training, in the order of ``trainable_names``; fp32 whatever the rest is."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
