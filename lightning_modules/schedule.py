@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -192,7 +193,7 @@ def _betas(config: Mapping[str, Any]) -> Float[Tensor, " T"]:
         betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
     else:
         cosine = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-        betas = torch.tensor([min(1 - after / before, 0.999) for before, after in zip(cosine, cosine[1:])])
+        betas = torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(cosine)])
     return _rescale_zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr", False) else betas
 
 

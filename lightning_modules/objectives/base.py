@@ -26,7 +26,8 @@ class LossOutput:
 
     Attributes:
         loss: scalar, the mean over the batch's pairs, fp32, with gradient.
-        metrics: detached scalars, each a mean over the pairs; logged as ``train/<name>``.
+        metrics: detached scalars, each a mean over the pairs it speaks of (NaN where there are none); logged as
+            ``train/<name>``. The same names at every call, so that ranks agree on what they reduce.
     """
 
     loss: Float[Tensor, ""]

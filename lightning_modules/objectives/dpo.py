@@ -72,12 +72,12 @@ class DPO(Objective):
             so 5000 here is 5000 there and 2500 in the diffusers example. 5000 as a mean over SD 1.5's 4x64x64
             latents is 0.153 as a sum.
         loss_type: what a margin costs.
-        label_smoothing: probability that a label is wrong: (1 - s) loss(m) + s loss(-m), cDPO
-            (arXiv 2305.18290, section 3 of its robust variant); 0 trusts every label.
+        label_smoothing: s, the probability that a label is wrong: (1 - s) loss(m) + s loss(-m), Mitchell's
+            conservative DPO (ericmitchell.ai/cdpo.pdf, equation 3); 0 trusts every label.
 
     Logged: ``margin`` (m), ``accuracy`` (m > 0, ties half), ``chosen_error_delta`` and ``rejected_error_delta``
     (e_policy - e_ref; negative is better than the reference), ``chosen_error``, ``reward_margin`` (beta m / 2), and
-    ``margin``/``accuracy`` by quarter of the timesteps (``accuracy/t0-249``, ...) where the quarter has pairs.
+    ``margin`` and ``accuracy`` by quarter of the timesteps (``accuracy/t0-249``, ...), NaN where a batch has none.
     """
 
     beta: float = 5000.0
@@ -143,12 +143,11 @@ def _accuracy(margin: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
 
 
 def _by_quarter(margin: Float[Tensor, " b"], timesteps: Tensor, total: int) -> dict[str, Tensor]:
-    """Margin and accuracy by quarter of the timesteps, for the quarters that this batch has pairs in."""
+    """Margin and accuracy by quarter of the timesteps; NaN, which the running means leave out, where there is none."""
     metrics: dict[str, Tensor] = {}
     for quarter in range(4):
         low, high = quarter * total // 4, (quarter + 1) * total // 4
-        inside = (timesteps >= low) & (timesteps < high)
-        if inside.any():
-            metrics[f"margin/t{low}-{high - 1}"] = margin[inside].mean()
-            metrics[f"accuracy/t{low}-{high - 1}"] = _accuracy(margin[inside]).mean()
+        inside = margin[(timesteps >= low) & (timesteps < high)]
+        metrics[f"margin/t{low}-{high - 1}"] = inside.mean()
+        metrics[f"accuracy/t{low}-{high - 1}"] = _accuracy(inside).mean()
     return metrics

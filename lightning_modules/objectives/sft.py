@@ -24,7 +24,7 @@ class SFTQuery(DenoiserQuery):
 
 @dataclass(frozen=True)
 class SFT(Objective):
-    """L = mean |output - target|^2 on the chosen picture, t uniform over all timesteps (DDPM, arXiv 2006.11239, eq. 14).
+    """L = mean |output - target|^2 on the chosen picture, t uniform over all timesteps (arXiv 2006.11239, eq. 14).
 
     No hyper-parameters, no reference. The baseline of every preference method, and how the embedded pipeline was
     pretrained.

@@ -1,0 +1,187 @@
+"""Objectives from tensors alone: by hand, against the official code, and by their symmetries."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_modules.batches import Conditioning, LatentPairs
+from lightning_modules.errors import ConfigError
+from lightning_modules.objectives import DPO, IPO, SFT, Hinge, Sigmoid
+from lightning_modules.objectives.dpo import PairQuery
+from lightning_modules.randomness import generator
+from lightning_modules.schedule import NoiseSchedule
+
+SCHEDULE = NoiseSchedule.from_scheduler_config({"beta_schedule": "scaled_linear"})
+
+
+def pairs(b=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    chosen, rejected = torch.randn(2, b, 4, 2, 2, generator=g)
+    ids = torch.arange(12.0 * b).reshape(2, b, 6)
+    return LatentPairs(chosen, rejected, ("a",) * b, ids[0], ids[1], torch.arange(b))
+
+
+def cond(b=3):
+    return Conditioning(torch.arange(b * 2.0).reshape(b, 1, 2))
+
+
+def generators(b=3, seed=0):
+    return [generator(seed, i) for i in range(b)]
+
+
+def dpo_loss(objective, target, policy, reference, timesteps=None):
+    """``objective``'s loss on given network outputs; chosen rows first."""
+    n = target.shape[0]
+    timesteps = torch.zeros(n, dtype=torch.int64) if timesteps is None else timesteps
+    query = PairQuery(target, timesteps, Conditioning(torch.zeros(n, 1, 1)), target=target)
+    return objective.loss(pairs(n // 2), query, policy, reference, SCHEDULE)
+
+
+def constant(*values):
+    """Latents [n 1 1 1] of the given values, so that squared errors against 0 are squares of numbers."""
+    return torch.tensor(values).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("beta", [5000, 2000])
+def test_dpo_is_the_official_loss(golden, beta):
+    known = golden("dpo_loss")
+    policy = known["model_pred"].clone().requires_grad_()
+    output = dpo_loss(DPO(beta=float(beta)), known["target"], policy, known["ref_pred"])
+    torch.testing.assert_close(output.loss, known[f"beta{beta}_loss"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.loss.double(), known[f"beta{beta}_loss_fp64"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.metrics["accuracy"], known[f"beta{beta}_implicit_acc"])
+    inside = known[f"beta{beta}_inside_term_fp64"].mean().float()
+    torch.testing.assert_close(output.metrics["reward_margin"], inside, rtol=1e-4, atol=1e-4)
+    output.loss.backward()
+    expected = known[f"beta{beta}_grad_model_pred"]
+    assert (policy.grad - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("beta", [5000, 2000])
+def test_dpo_inside_term_is_the_official_one_pair_by_pair(golden, beta):
+    known = golden("dpo_loss")
+    for i in range(4):
+        rows = [i, i + 4]
+        output = dpo_loss(
+            DPO(beta=float(beta)), known["target"][rows], known["model_pred"][rows], known["ref_pred"][rows]
+        )
+        inside = known[f"beta{beta}_inside_term"][i]
+        torch.testing.assert_close(output.metrics["reward_margin"], inside, rtol=1e-4, atol=1e-4)
+
+
+def test_dpo_margin_by_hand():
+    """Errors: policy 1, 4; reference 9, 1. D = (1 - 9) - (4 - 1) = -11, m = 11."""
+    output = dpo_loss(DPO(beta=0.1), constant(0.0, 0.0), constant(1.0, 2.0), constant(3.0, 1.0))
+    assert output.metrics["margin"].item() == 11
+    assert output.metrics["chosen_error_delta"].item() == -8
+    assert output.metrics["rejected_error_delta"].item() == 3
+    assert output.loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.55))), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"),
+    [(Sigmoid(), math.log1p(math.exp(-0.2 * 2 / 2))), (IPO(), (2 - 1 / 0.4) ** 2), (Hinge(), 1 - 0.2 * 2)],
+)
+def test_pair_losses_by_hand(loss_type, expected):
+    """m = 2 with beta = 0.2."""
+    assert loss_type(torch.tensor([2.0]), 0.2).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_label_smoothing_by_hand():
+    """m = 11 with beta 0.1 and s = 0.25: 3/4 of the loss plus 1/4 of the swapped loss."""
+    inputs = (constant(0.0, 0.0), constant(1.0, 2.0), constant(3.0, 1.0))
+    expected = 0.75 * math.log1p(math.exp(-0.55)) + 0.25 * math.log1p(math.exp(0.55))
+    assert dpo_loss(DPO(beta=0.1, label_smoothing=0.25), *inputs).loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_policy_equal_to_reference_gives_ln_2_and_half_accuracy():
+    output_of_both = torch.randn(6, 4, 2, 2)
+    output = dpo_loss(DPO(), torch.randn(6, 4, 2, 2), output_of_both, output_of_both)
+    assert output.loss.item() == pytest.approx(math.log(2), abs=1e-7)
+    assert output.metrics["margin"].item() == 0
+    assert output.metrics["accuracy"].item() == 0.5
+
+
+@given(st.integers(0, 2**31), st.sampled_from([Sigmoid(), IPO(), Hinge()]))
+@settings(max_examples=25, deadline=None)
+def test_swapping_chosen_and_rejected_negates_the_margin(seed, loss_type):
+    g = torch.Generator().manual_seed(seed)
+    target, policy, reference = torch.randn(3, 4, 4, 2, 2, generator=g)
+    swap = torch.tensor([2, 3, 0, 1])
+    ahead = dpo_loss(DPO(beta=3.0, loss_type=loss_type), target, policy, reference)
+    behind = dpo_loss(DPO(beta=3.0, loss_type=loss_type), target[swap], policy[swap], reference[swap])
+    assert behind.metrics["margin"].item() == -ahead.metrics["margin"].item()
+    assert behind.metrics["accuracy"].item() == pytest.approx(1 - ahead.metrics["accuracy"].item())
+
+
+def test_dpo_stays_finite_where_log_of_sigmoid_would_not():
+    output = dpo_loss(DPO(beta=5000.0), constant(0.0, 0.0), constant(9.0, 0.0), constant(0.0, 0.0))
+    assert output.loss.item() == pytest.approx(0.5 * 5000 * 81, rel=1e-6)
+
+
+def test_dpo_query_shares_noise_and_timestep_and_keeps_each_pictures_time_ids():
+    batch = pairs()
+    query = DPO().query(batch, cond(), SCHEDULE, generators())
+    chosen, rejected = query.latents.chunk(2)
+    t = query.timesteps[:3]
+    assert torch.equal(query.timesteps[3:], t)
+    assert torch.equal(*query.target.chunk(2))
+    signal = SCHEDULE.alphas_cumprod[t].sqrt().reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(chosen - rejected, signal * (batch.chosen - batch.rejected), rtol=1e-4, atol=1e-5)
+    assert torch.equal(query.cond.time_ids, torch.cat([batch.chosen_time_ids, batch.rejected_time_ids]))
+    assert torch.equal(query.cond.embeds, cond().embeds.repeat(2, 1, 1))
+
+
+@pytest.mark.parametrize("objective", [SFT(), DPO()])
+def test_draws_of_a_pair_do_not_depend_on_its_batch(objective):
+    """Pair 1 alone looks exactly where it looks as the middle of three."""
+    together = objective.query(pairs(), cond(), SCHEDULE, generators())
+    batch = pairs()
+    alone = LatentPairs(
+        batch.chosen[1:2], batch.rejected[1:2], ("a",), batch.chosen_time_ids[1:2], batch.rejected_time_ids[1:2],
+        batch.indices[1:2],
+    )  # fmt: skip
+    one = objective.query(alone, cond()[1:2], SCHEDULE, generators()[1:2])
+    assert torch.equal(one.latents[0], together.latents[1])
+    assert torch.equal(one.timesteps[0], together.timesteps[1])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("objective", [SFT(), DPO()])
+def test_the_target_is_what_the_schedule_says(objective, prediction_type):
+    """A network that answers with the target has error 0."""
+    schedule = replace(SCHEDULE, prediction_type=prediction_type)
+    query = objective.query(pairs(), cond(), schedule, generators())
+    clean, _ = schedule.predict_clean(query.target, query.latents, query.timesteps)
+    torch.testing.assert_close(clean[:3], pairs().chosen, rtol=1e-3, atol=1e-3)
+    output = objective.loss(pairs(), query, query.target, query.target, schedule)
+    assert output.metrics["chosen_error"].item() == 0
+
+
+def test_sft_by_hand():
+    """Errors 1 and 9: their mean is 5."""
+    query = SFT().query(pairs(2), cond(2), SCHEDULE, generators(2))
+    output = SFT().loss(pairs(2), query, query.target + constant(1.0, 3.0), None, SCHEDULE)
+    assert output.loss.item() == pytest.approx(5, abs=1e-5)
+
+
+def test_metrics_by_quarter_speak_of_their_own_pairs_only():
+    """m = 3 at t = 10 and m = -1 at t = 600; the other quarters are empty."""
+    policy, reference = constant(1.0, 2.0, 2.0, 1.0), constant(0.0, 0.0, 0.0, 0.0)
+    reference = constant(1.0, 1.0, 1.0, 1.0)
+    output = dpo_loss(DPO(), constant(0.0, 0.0, 0.0, 0.0), policy, reference, torch.tensor([10, 600, 10, 600]))
+    assert output.metrics["margin/t0-249"].item() == 3
+    assert output.metrics["accuracy/t0-249"].item() == 1
+    assert output.metrics["margin/t500-749"].item() == -3
+    assert output.metrics["margin/t250-499"].isnan()
+    assert output.metrics["margin/t750-999"].isnan()
+
+
+@pytest.mark.parametrize("make", [lambda: DPO(beta=0.0), lambda: DPO(beta=-1.0), lambda: DPO(label_smoothing=0.5)])
+def test_settings_without_meaning_are_refused(make):
+    with pytest.raises(ConfigError, match="objective"):
+        make()
