@@ -1,0 +1,165 @@
+"""LightningCLI with this framework's rules: one-line errors, run folders, safe resuming, jobs without subcommands."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf.errors import OmegaConfBaseException
+
+from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint, newest_checkpoint
+from experiments.compose import JOBS, CommandLine, packaged_configs
+from experiments.explain import explain
+from lightning_modules.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class OneLineParser(LightningArgumentParser):
+    """Raises ConfigError where argparse would print its usage and exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # the parser of a nested class: the outermost one adds where, and tells
+            super().error(message, ex)
+        options = [action.dest for action in self._actions if action.dest != "help"]
+        raise ConfigError(explain(str(message), options)) from ex
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """The resolved settings, as config.yaml in the run folder; a resumed run writes its own over it."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+
+
+class ExperimentCLI(LightningCLI):
+    """Parses, builds and runs one job.
+
+    Args:
+        line: the job and the names of the configs.
+        args: what the parser is to read.
+    """
+
+    def __init__(self, line: CommandLine, args: Sequence[str]) -> None:
+        self.line = line
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            run=False,  # Lightning's own subcommands would merge a checkpoint's settings over the command line's
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=list(args),
+            parser_class=OneLineParser,
+            parser_kwargs={
+                # Resolves ${...} once, after every override; plain "omegaconf" would keep the file's values.
+                "parser_mode": "omegaconf+",
+                "prog": "python -m experiments.run",
+                "usage": f"python -m experiments.run [{'|'.join(JOBS)}] --config NAME [--KEY=VALUE ...]",
+                "description": (
+                    "Align a text-to-image diffusion model, or evaluate one. Without a job word: fit. "
+                    f"Packaged configs: {', '.join(packaged_configs())}. --model.help CLASS explains a class."
+                ),
+                "allow_abbrev": False,
+            },
+            save_config_callback=SaveRunConfig,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=42,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="Folder of this run; default runs/<config>."
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help=(
+                "A checkpoint to go on from or to evaluate: a path; 'last', the run folder's newest; 'auto' (fit), "
+                "the newest if there is one; 'none' (validate, test, predict), the weights that the config names."
+            ),
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"interpolation in the settings: {' '.join(str(error).split())}") from error
+
+    def before_instantiate_classes(self) -> None:
+        """Settle where the run lives and what it starts from before anything large is built."""
+        given = self.config.run_dir or self.config.trainer.default_root_dir
+        self.run_dir = Path(given or Path("runs") / self.line.run_name)
+        self.config.trainer.default_root_dir = str(self.run_dir)
+        self.checkpoint = self._checkpoint(self.config.ckpt_path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The configured trainer, with this framework's logger, checkpoints and plugins where none are named."""
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        if config["logger"] in (None, True):
+            config["logger"] = TensorBoardLogger(self.run_dir, name="", version="")
+        callbacks = config["callbacks"] or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if config["enable_checkpointing"] is not False:
+            if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+                callbacks.append(RunCheckpoint())
+            callbacks.append(ExactResume())
+            if _one_process_writes(config["strategy"]):
+                plugins = config["plugins"] or []
+                config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        config["callbacks"] = callbacks
+        try:
+            return self._instantiate_trainer(config, [])
+        except MisconfigurationException as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def run_job(self) -> None:
+        job = getattr(self.trainer, self.line.job)
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+        try:
+            job(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
+        except MisconfigurationException as error:
+            raise ConfigError(f"{self.line.job}: {' '.join(str(error).split())}") from error
+
+    def _checkpoint(self, asked: str | None) -> Path | None:
+        """Which file to start from.
+
+        Raises:
+            ConfigError: there is none where one was asked for, or a new run would overwrite an old one.
+        """
+        folder = self.run_dir / "checkpoints"
+        found = newest_checkpoint(folder)
+        fits = self.line.job == "fit"
+        if asked == "last" or (asked is None and not fits) or (asked == "auto" and found is not None):
+            if found is None:
+                remedy = "start without --ckpt_path" if fits else "fit first, or evaluate with --ckpt_path none"
+                raise ConfigError(f"no checkpoint in {folder}; {remedy}, or point --run_dir at the run that you mean")
+            log.info("from checkpoint %s", found)
+            return found
+        if asked in ("auto", "none") or (asked is None and found is None):
+            return None
+        if asked is None:
+            raise ConfigError(
+                f"{folder} already holds a run ({found}); go on with --ckpt_path last, or give another --run_dir"
+            )
+        if not Path(asked).is_file():
+            raise ConfigError(f"checkpoint {asked} does not exist; give a file, or 'last' for the newest in {folder}")
+        return Path(asked)
+
+
+def _one_process_writes(strategy: Any) -> bool:
+    """Sharded strategies write checkpoints their own way and refuse another CheckpointIO."""
+    if isinstance(strategy, str):
+        return strategy == "auto" or strategy.startswith("ddp")
+    return isinstance(strategy, pl.strategies.DDPStrategy | pl.strategies.SingleDeviceStrategy)

@@ -1,0 +1,212 @@
+"""From YAML names to one tree of settings: finding, merging and switching classes, before any heavy import.
+
+The tree is what ``LightningCLI`` reads: a class is ``{class_path: Name, init_args: {...}}``. Two rules differ from
+jsonargparse's own merging, both so that a run is what its command line says:
+
+* A node that changes its class loses **all** of the former class's arguments. jsonargparse keeps those whose names
+  the new class knows too, and DPO would silently run with another objective's beta.
+* Settings on the command line always win over files, wherever they stand.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lightning_modules.errors import ConfigError
+
+JOBS = ("fit", "validate", "test", "predict")
+PACKAGES = ("lightning_modules", "datamodules", "callbacks")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What the user typed: the job, the files, and everything else in its order."""
+
+    job: str
+    configs: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    @staticmethod
+    def split(argv: Sequence[str]) -> CommandLine:
+        """Take the optional first word and every ``--config NAME``, ``--config=NAME`` and ``-c NAME`` out of argv.
+
+        Raises:
+            ConfigError: a first word that is no job, or ``--config`` without a name.
+        """
+        words = list(argv)
+        job = "fit"
+        if words and not words[0].startswith("-"):
+            job = words.pop(0)
+            if job not in JOBS:
+                raise ConfigError(f"job {job!r} is unknown{nearest(job, JOBS)}; choose one of {', '.join(JOBS)}")
+        configs, overrides = [], []
+        rest = iter(words)
+        for word in rest:
+            if word in ("--config", "-c"):
+                name = next(rest, None)
+                if name is None:
+                    raise ConfigError(f"{word} wants a name; there are {', '.join(packaged_configs())}")
+                configs.append(name)
+            elif word.startswith("--config="):
+                configs.append(word.removeprefix("--config="))
+            else:
+                overrides.append(word)
+        return CommandLine(job, tuple(configs), tuple(overrides))
+
+    @property
+    def run_name(self) -> str:
+        """The names of the configs without folder and ending, joined by "+"."""
+        return "+".join(Path(name).stem for name in self.configs) or "unnamed"
+
+    def tree(self) -> dict[str, Any]:
+        """The files merged in their order, with the class switches of the command line already in place."""
+        tree: dict[str, Any] = {}
+        for name in self.configs:
+            tree = merge(tree, load(find_config(name)))
+        for key, value in settings(self.overrides):
+            switch_class(tree, key, value)
+        return tree
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """``" (did you mean X?)"``, or nothing if no choice resembles the word."""
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def packaged_configs() -> list[str]:
+    """Names of the YAML files that ship with the package."""
+    folder = resources.files("experiments") / "configs"
+    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def find_config(name: str) -> Path:
+    """A path, or the name of a packaged config with or without ``.yaml``.
+
+    Raises:
+        ConfigError: neither; lists what there is.
+    """
+    packaged = Path(str(resources.files("experiments"))) / "configs"
+    for candidate in (Path(name), packaged / name, packaged / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    have = packaged_configs()
+    close = nearest(name, [*have, *(entry.removesuffix(".yaml") for entry in have)])
+    raise ConfigError(f"config {name!r} is no file and no packaged config{close}; there are {', '.join(have)}")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """One YAML file as a tree, its ``${...}`` left as they are.
+
+    Raises:
+        ConfigError: no YAML, or no mapping at its top.
+    """
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path}: wants settings such as 'model: ...' at its top, got a {type(tree).__name__}")
+    return {str(key): value for key, value in tree.items()}
+
+
+def merge(below: Any, above: Any) -> Any:
+    """``above`` over ``below``: mappings key by key, everything else replaced; ``key+`` appends to a list.
+
+    A class that changes replaces its node whole; see the module's docstring.
+    """
+    if isinstance(above, str) and is_class(below):
+        return below if same_class(below["class_path"], above) else {"class_path": above}
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    if is_class(below) and is_class(above) and not same_class(below["class_path"], above["class_path"]):
+        return above
+    merged = dict(below)
+    for key, value in above.items():
+        if key.endswith("+"):
+            former = merged.get(key[:-1]) or []
+            merged[key[:-1]] = former + (value if isinstance(value, list) else [value])
+        else:
+            merged[key] = merge(merged[key], value) if key in merged else value
+    return merged
+
+
+def is_class(node: Any) -> bool:
+    return isinstance(node, dict) and isinstance(node.get("class_path"), str)
+
+
+def same_class(one: str, other: str) -> bool:
+    """Whether two class paths, short or dotted, name the same class."""
+    return one == other or (("." not in one or "." not in other) and one.split(".")[-1] == other.split(".")[-1])
+
+
+def settings(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """``(key, value)`` of every ``--key=value`` and ``--key value``."""
+    for i, word in enumerate(overrides):
+        key, sign, value = word.partition("=")
+        if not key.startswith("--"):
+            continue
+        if sign:
+            yield key[2:], value
+        elif i + 1 < len(overrides) and not overrides[i + 1].startswith("--"):
+            yield key[2:], overrides[i + 1]
+
+
+def switch_class(tree: dict[str, Any], key: str, value: str) -> None:
+    """If the setting gives the node at ``key`` another class, empty the node; else leave the tree alone."""
+    *way, last = [part for part in key.removesuffix(".class_path").split(".") if part != "init_args"]
+    node: Any = tree
+    for part in way:
+        node = node.get(part) if isinstance(node, dict) else None
+        node = node.get("init_args") if is_class(node) else node
+    if not isinstance(node, dict) or not is_class(node.get(last)):
+        return
+    given = class_named_by(value)
+    if given is not None and not same_class(node[last]["class_path"], given):
+        node[last] = {"class_path": given}
+
+
+def class_named_by(value: str) -> str | None:
+    """``DPO``, ``package.DPO`` or ``{class_path: DPO, ...}`` as typed on a command line, else None."""
+    if re.fullmatch(r"[A-Za-z_][\w.]*", value):
+        return value
+    if value.lstrip().startswith("{"):
+        match = re.search(r"""["']?class_path["']?\s*:\s*["']?([\w.]+)""", value)
+        return match.group(1) if match else None
+    return None
+
+
+def known_classes() -> dict[str, str]:
+    """Name of every class of the framework -> its module, read from the sources without importing them."""
+    found = {}
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            for file in sorted(Path(folder).rglob("*.py")):
+                module = ".".join([package, *file.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
+                for name in re.findall(r"^class (\w+)", file.read_text(), re.MULTILINE):
+                    found[name] = module
+    return found
+
+
+def import_named(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Import the modules of the classes that the settings name, so that their short names are known.
+
+    Only those: diffusers, transformers and peft take seconds, and a typo should not wait for them.
+    """
+    known = known_classes()
+    words = re.findall(r"\b[A-Z]\w*", OmegaConf.to_yaml(OmegaConf.create(tree)) + " " + " ".join(overrides))
+    for module in sorted({known[word] for word in words if word in known}):
+        importlib.import_module(module)

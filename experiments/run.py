@@ -1,0 +1,67 @@
+"""The one command: ``python -m experiments.run [fit|validate|test|predict] --config NAME [--key=value ...]``.
+
+    python -m experiments.run --config dpo_sd15
+    python -m experiments.run --config dpo_tiny --model.objective.beta=2000 --run_dir runs/beta2000
+    python -m experiments.run --config dpo_tiny --ckpt_path last
+    python -m experiments.run test --config dpo_tiny --ckpt_path last
+
+A run lives in one folder (``--run_dir``, else ``runs/<config>``): config.yaml (resolved), TensorBoard events,
+checkpoints/, samples/, export/, win_rate.json. A new run never starts in a folder that holds another's checkpoints.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from omegaconf import OmegaConf
+
+from experiments.compose import CommandLine, import_named, packaged_configs
+from lightning_modules.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from experiments.cli import ExperimentCLI
+
+
+def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
+    """Run one job and return what ran it (its ``trainer``, ``model`` and ``datamodule``).
+
+    Args:
+        argv: the words after the program's name; None takes them from ``sys.argv``.
+
+    Raises:
+        UserError: something that the user can mend; the command line shows it as one line.
+    """
+    # Processes that DDP starts read sys.argv again, the job's word included: it must not be changed here.
+    line = CommandLine.split(sys.argv[1:] if argv is None else argv)
+    asks_help = any(word == "-h" or word.split("=")[0].endswith("help") for word in line.overrides)
+    tree = line.tree()  # before the heavy imports: a mistyped name should not wait for them
+    if not line.configs and not asks_help:
+        raise ConfigError(f"--config NAME is missing; there are {', '.join(packaged_configs())}, or give a path")
+
+    # Lightning takes seconds to import, and a wrong word should be told at once.
+    from experiments.cli import ExperimentCLI
+
+    import_named(tree, line.overrides)
+    text = OmegaConf.to_yaml(OmegaConf.create(tree))
+    cli = ExperimentCLI(line, ["--config", text, *line.overrides] if tree else list(line.overrides))
+    cli.run_job()
+    return cli
+
+
+def entry_point() -> None:
+    """What the shell calls: a mistake of the user is one line and status 2, a bug of ours a traceback."""
+    # Third-party noise that nobody at a terminal can act on; everything else is shown.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    entry_point()
