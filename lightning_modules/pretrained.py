@@ -20,6 +20,7 @@ _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<subfolder>\w[\w./-]*
 _COMPONENT_FILES = {
     "tokenizer": (("vocab.json", "tokenizer.json"),),
     "scheduler": (("scheduler_config.json",),),
+    "processor": (("preprocessor_config.json", "processor_config.json"),),
     "model": (("config.json",), ("*.safetensors", "*.bin")),
 }
 
@@ -72,7 +73,7 @@ class Pretrained:
 
         Args:
             read: takes the location and the keywords ``subfolder``, ``revision``, ``local_files_only``.
-            kind: "model", "tokenizer" or "scheduler": which files a folder must have.
+            kind: "model", "tokenizer", "scheduler" or "processor": which files a folder must have.
 
         Raises:
             ConfigError: missing folder or file, unreadable weights, or a hub that does not answer.

@@ -2,6 +2,7 @@
 
 from lightning_modules.policies.adaptation import Adaptation, FullFineTuning, LoRA
 from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.policies.sdxl import StableDiffusionXL
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 
-__all__ = ["Adaptation", "DiffusionPolicy", "FullFineTuning", "LoRA", "StableDiffusion"]
+__all__ = ["Adaptation", "DiffusionPolicy", "FullFineTuning", "LoRA", "StableDiffusion", "StableDiffusionXL"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -172,8 +171,8 @@ def _replace(source: Path, target: Path) -> None:
     """Put a file or folder in the place of another; a folder cannot be renamed over a filled one."""
     if target.is_dir():
         old = target.with_name(f".{target.name}-replaced")
-        os.replace(target, old)
-        os.replace(source, target)
+        target.replace(old)
+        source.replace(target)
         shutil.rmtree(old)
     else:
-        os.replace(source, target)
+        source.replace(target)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x as a policy."""
+"""Stable Diffusion 1.x and 2.x as a policy, and what SDXL (``sdxl.py``) has in common with it."""
 
 from __future__ import annotations
 
@@ -46,14 +46,16 @@ class StableDiffusion(DiffusionPolicy):
         gradient_checkpointing: recompute the UNet's activations in the backward pass: less memory, more time.
         attention: "sdpa" is torch's fused attention; "eager" writes the product out, for comparison and for
             double gradients.
-        negative_prompt: what guidance contrasts with.
+        negative_prompt: what guidance contrasts with. None is what the diffusers pipelines do when none is given:
+            the empty prompt for SD, zeros for SDXL.
 
     Raises:
         ConfigError: missing or damaged weights, or a VAE with normalisation that is not supported.
     """
 
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    # diffusers hides its classes behind a lazy module whose stand-ins the type checker would see.
+    unet: Any
+    vae: Any
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class StableDiffusion(DiffusionPolicy):
         frozen_dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
         gradient_checkpointing: bool = False,
         attention: Literal["sdpa", "eager"] = "sdpa",
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
     ) -> None:
         super().__init__()
         self.adaptation = adaptation
@@ -87,18 +89,20 @@ class StableDiffusion(DiffusionPolicy):
         adaptation.apply(self._adaptable())
         self.train()
 
+    # What SDXL has otherwise
+
     def _load_text(self, pipeline: Pretrained, variant: str | None) -> None:
         dtype = self._text_dtype()
         self.tokenizer = pipeline.component("tokenizer").load(CLIPTokenizer.from_pretrained, kind="tokenizer")
         self.text_encoder = load_model(CLIPTextModel, pipeline, "text_encoder", variant, dtype)
 
     def _read_sizes(self) -> None:
-        config: Any = self.vae.config
+        config = self.vae.config
         if getattr(config, "latents_mean", None) is not None:
             raise ConfigError("VAE: per-channel latents_mean and latents_std are not supported; use another VAE.")
         self.latent_channels = config.latent_channels
         self.downscale = 2 ** (len(config.block_out_channels) - 1)
-        self.image_size = self.unet.config.sample_size * self.downscale  # type: ignore[attr-defined]
+        self.image_size = self.unet.config.sample_size * self.downscale
 
     # What runs in which number type
 
@@ -149,12 +153,15 @@ class StableDiffusion(DiffusionPolicy):
     def _negative(self, n: int) -> Conditioning:
         """The negative prompt's conditioning, n rows."""
         if self.adaptation.trains_text_encoders:
-            return self.encode_prompts([self.negative_prompt]).repeat_interleave(n)
+            return self._encode_negative().repeat_interleave(n)
         if self.device not in self._negative_cache:
             # Validation may come first and run in inference mode, whose tensors training could not use later.
             with torch.inference_mode(False):
-                self._negative_cache[self.device] = self.encode_prompts([self.negative_prompt])
+                self._negative_cache[self.device] = self._encode_negative()
         return self._negative_cache[self.device].repeat_interleave(n)
+
+    def _encode_negative(self) -> Conditioning:
+        return self.encode_prompts([self.negative_prompt or ""])
 
     # Pictures
 
@@ -167,12 +174,12 @@ class StableDiffusion(DiffusionPolicy):
         latents = posterior.mean.float()
         if generators is not None:
             latents = latents + posterior.std.float() * randn(latents.shape[1:], generators, latents.device)
-        config: Any = self.vae.config
+        config = self.vae.config
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
-        config: Any = self.vae.config
+        config = self.vae.config
         unscaled = latents.float() / config.scaling_factor + (config.shift_factor or 0.0)
         with self._without_autocast():
             images = self.vae.decode(unscaled.to(self.vae.dtype)).sample
@@ -201,13 +208,13 @@ class StableDiffusion(DiffusionPolicy):
 
     def _denoise(
         self,
-        network: nn.Module,
+        network: Any,
         latents: Float[Tensor, "n c h w"],
         timesteps: Tensor,
         cond: Conditioning,
     ) -> Float[Tensor, "n c h w"]:
         # Timesteps keep their type: in bf16 most would be other integers.
-        dtype = network.conv_in.weight.dtype  # type: ignore[union-attr]
+        dtype = network.conv_in.weight.dtype
         added = self._added_conditions(cond)
         output = network(
             latents.to(dtype), timesteps, encoder_hidden_states=cond.embeds.to(dtype), added_cond_kwargs=added

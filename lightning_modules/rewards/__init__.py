@@ -1,0 +1,7 @@
+"""Reward models: how good is this picture for this prompt?"""
+
+from lightning_modules.rewards.base import RewardModel
+from lightning_modules.rewards.pickscore import PickScore
+from lightning_modules.rewards.shapes import ShapesReward
+
+__all__ = ["PickScore", "RewardModel", "ShapesReward"]

@@ -1,0 +1,65 @@
+"""Stable Diffusion XL (arXiv 2307.01952) as a policy: two text encoders and micro-conditioning."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lightning_modules.batches import Conditioning
+from lightning_modules.policies.stable_diffusion import StableDiffusion, component_source, load_model, tokenize
+from lightning_modules.pretrained import Pretrained
+
+
+class StableDiffusionXL(StableDiffusion):
+    """A diffusers ``StableDiffusionXLPipeline`` taken apart; arguments as ``StableDiffusion``'s.
+
+    A VAE that overflows in fp16 (``force_upcast`` in its config, as the published one's) stays fp32 whatever
+    ``frozen_dtype`` is; ``vae: madebyollin/sdxl-vae-fp16-fix`` follows ``frozen_dtype``.
+
+    Conditioning without time ids is taken as an uncropped picture of the size that is being made.
+    """
+
+    def _load_text(self, pipeline: Pretrained, variant: str | None) -> None:
+        dtype = self._text_dtype()
+        self.tokenizer = pipeline.component("tokenizer").load(CLIPTokenizer.from_pretrained, kind="tokenizer")
+        self.tokenizer_2 = pipeline.component("tokenizer_2").load(CLIPTokenizer.from_pretrained, kind="tokenizer")
+        self.text_encoder = load_model(CLIPTextModel, pipeline, "text_encoder", variant, dtype)
+        self.text_encoder_2 = load_model(CLIPTextModelWithProjection, pipeline, "text_encoder_2", variant, dtype)
+
+    def _vae_dtype(self, pipeline: Pretrained, override: str | None) -> torch.dtype:
+        config = component_source(pipeline, "vae", override).load(AutoencoderKL.load_config)
+        return torch.float32 if config.get("force_upcast", True) else self._frozen_dtype
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        return [self.text_encoder, self.text_encoder_2]
+
+    def _adaptable(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+
+    def _encode_text(self, prompts: list[str]) -> Conditioning:
+        first_ids = tokenize(self.tokenizer, prompts).to(self.device)
+        second_ids = tokenize(self.tokenizer_2, prompts).to(self.device)
+        first = self.text_encoder(first_ids, output_hidden_states=True)
+        second = self.text_encoder_2(second_ids, output_hidden_states=True)
+        embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return Conditioning(embeds=embeds, pooled=second.text_embeds)
+
+    def _encode_negative(self) -> Conditioning:
+        empty = super()._encode_negative()
+        return empty if self.negative_prompt is not None else empty._map(torch.zeros_like)
+
+    def _completed(self, cond: Conditioning, latents: Float[Tensor, "n c h w"]) -> Conditioning:
+        if cond.time_ids is not None:
+            return cond
+        height, width = (side * self.downscale for side in latents.shape[-2:])
+        row = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents.device)
+        return cond.with_time_ids(row.expand(len(cond), 6))
+
+    def _added_conditions(self, cond: Conditioning) -> dict[str, Tensor] | None:
+        assert cond.pooled is not None, "SDXL: the conditioning comes from a model with one text encoder"
+        assert cond.time_ids is not None, "time ids are filled in by _completed"
+        return {"text_embeds": cond.pooled, "time_ids": cond.time_ids}

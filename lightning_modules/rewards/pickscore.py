@@ -1,0 +1,67 @@
+"""PickScore (arXiv 2305.01569): CLIP-H fine-tuned on the choices people made in Pick-a-Pic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPModel
+
+from lightning_modules.pretrained import Pretrained
+from lightning_modules.rewards.base import RewardModel
+from lightning_modules.rewards.clip import ClipPreprocessing, image_embeds, text_embeds, tokenize
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class PickScore(RewardModel):
+    """Cosine between picture and prompt in PickScore's space, on one of the two scales in use.
+
+    Args:
+        pretrained: folder or hub id of the CLIP model.
+        processor: folder or hub id of its tokenizer and image processor; None takes ``pretrained``.
+        scale: "logit" is exp(logit_scale) cos, about 21 for a good picture, as papers' tables have it; "cosine"
+            is the cosine itself, about 0.21, as the Diffusion-DPO code prints it.
+        dtype: number type of the network; the score is fp32.
+
+    Raises:
+        ConfigError: missing or damaged weights.
+    """
+
+    name = "pickscore"
+
+    def __init__(
+        self,
+        pretrained: str = "yuvalkirstain/PickScore_v1",
+        processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        scale: Literal["logit", "cosine"] = "logit",
+        dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        source = Pretrained.find(pretrained)
+        processor_source = source if processor is None else Pretrained.find(processor)
+        self.model: Any = source.load(partial(CLIPModel.from_pretrained, dtype=DTYPES[dtype]))
+        self.tokenizer: Any = processor_source.load(AutoTokenizer.from_pretrained, kind="tokenizer")
+        self.preprocess = ClipPreprocessing.load(processor_source)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> PickScore:
+        """Stays in eval mode, whatever module it is part of."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def score(self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " n"]:
+        if len(images) != len(prompts):
+            raise ValueError(f"PickScore: {len(images)} pictures and {len(prompts)} prompts")
+        ids, mask = tokenize(self.tokenizer, prompts)
+        with torch.autocast(images.device.type, enabled=False):
+            pictures = image_embeds(self.model, self.preprocess(images))
+            texts = text_embeds(self.model, ids.to(images.device), mask.to(images.device))
+        cosine = (pictures * texts).sum(dim=-1)
+        return cosine * self.model.logit_scale.float().exp() if self.scale == "logit" else cosine
