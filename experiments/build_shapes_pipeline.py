@@ -1,0 +1,157 @@
+"""Makes the embedded world's pipeline folder with random weights: where retraining it from nothing starts.
+
+    python -m experiments.build_shapes_pipeline --output runs/shapes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from datamodules.shapes import prompt_splits
+from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.rewards.shapes import SCENES, SIDE
+
+TOKENS = 12  # 8 words, start and end, and two to spare
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def words() -> list[str]:
+    """Every word of every prompt, sorted."""
+    return sorted({word for caption in SCENES for word in caption.split()})
+
+
+def write_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP byte-pair tokenizer whose merges make one token of every word of the grammar.
+
+    Other words still have tokens: their letters.
+    """
+    folder.mkdir(parents=True)
+    letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
+    merges = merges_for(words())
+    vocabulary = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
+    vocabulary = list(dict.fromkeys(vocabulary)) + [START, END]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    tokenizer = CLIPTokenizer.from_pretrained(
+        folder, unk_token=END, bos_token=START, eos_token=END, pad_token=END, model_max_length=TOKENS
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def merges_for(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, by falling priority, that join every word into one token.
+
+    A word is first split as the merges so far would split it: a later merge, having less priority, cannot undo
+    what earlier words came to.
+    """
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        for merge in merges:
+            pieces = _merged(pieces, merge)
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces = _merged(pieces, merges[-1])
+    return merges
+
+
+def _merged(pieces: list[str], merge: tuple[str, str]) -> list[str]:
+    joined: list[str] = []
+    for piece in pieces:
+        if joined and (joined[-1], piece) == merge:
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
+
+
+def build(folder: Path, seed: int) -> None:
+    """Writes tokenizer, networks and scheduler as a Stable Diffusion pipeline of plain diffusers' classes, in fp32."""
+    torch.manual_seed(seed)
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIDE,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=SIDE // 4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(48, 96),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    # Stable Diffusion 1.5's schedule, so that what is shown here is shown of its numbers.
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    options = parser.parse_args(arguments)
+    if options.output.exists():
+        raise ConfigError(f"{options.output} exists already: name a new folder, or delete it first")
+    unfinished = options.output.with_name(f".{options.output.name}.{os.getpid()}.new")
+    try:
+        build(unfinished, options.seed)
+        for split, prompts in prompt_splits().items():
+            (unfinished / f"{split}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+        os.replace(unfinished, options.output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
