@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lightning_modules.batches import Conditioning, LatentPairs, PreferencePairs
+from lightning_modules.batches import Conditioning, LatentPairs, PreferencePairs, StepPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.learning_rates import ConstantWithWarmup
 from lightning_modules.objectives.base import LossOutput, Objective
@@ -18,6 +18,9 @@ from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import derive_seed, generator, rand
 from lightning_modules.references import Reference
 from lightning_modules.running_means import RunningMeans
+
+
+Batch = PreferencePairs | LatentPairs | StepPairs
 
 
 class AlignmentModule(LightningModule):
@@ -80,7 +83,7 @@ class AlignmentModule(LightningModule):
         # Network dropout is the one draw that comes from the global generator.
         torch.manual_seed(derive_seed(self.seed, "dropout", int(batch.indices[0])))
 
-    def training_step(self, batch: PreferencePairs | LatentPairs, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.compute_loss(batch, "train")
         self._means["train"].add({"loss": output.loss.detach()} | output.metrics, len(batch))
         return output.loss
@@ -91,14 +94,21 @@ class AlignmentModule(LightningModule):
             self._logged_step = self.trainer.global_step
             self._log_means("train", on_step=True)
 
-    def validation_step(self, batch: PreferencePairs | LatentPairs, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         output = self.compute_loss(batch, "val")
         self._means["val"].add({"loss": output.loss} | output.metrics, len(batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_means("val", on_step=False)
 
-    def compute_loss(self, batch: PreferencePairs | LatentPairs, purpose: str) -> LossOutput:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing of its own: a test is what callbacks make of the policy (``WinRate``, ``SampleGrid``)."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """Nothing of its own: a callback draws the pictures (``SavePictures``)."""
+        return batch
+
+    def compute_loss(self, batch: Batch, purpose: str) -> LossOutput:
         """The objective's loss on a batch; ``purpose`` separates training's draws from validation's."""
         pairs = self._encode_images(batch, purpose)
         cond = self._encode_prompts(pairs, self.caption_dropout if purpose == "train" else 0.0)
@@ -113,12 +123,12 @@ class AlignmentModule(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return self.objective.loss(pairs, query, policy_output, reference_output, schedule)
 
-    def _generators(self, batch: PreferencePairs | LatentPairs, *purpose: str) -> list[torch.Generator]:
+    def _generators(self, batch: Batch, *purpose: str) -> list[torch.Generator]:
         return [generator(self.seed, *purpose, index) for index in batch.indices.tolist()]
 
-    def _encode_images(self, batch: PreferencePairs | LatentPairs, purpose: str) -> LatentPairs:
+    def _encode_images(self, batch: Batch, purpose: str) -> LatentPairs | StepPairs:
         """Latents drawn from the VAE's posterior, as the official training does (cached shards hold its mean)."""
-        if isinstance(batch, LatentPairs):
+        if not isinstance(batch, PreferencePairs):
             return batch
         chosen = self.policy.encode_images(batch.chosen, self._generators(batch, purpose, "posterior", "chosen"))
         rejected = None
@@ -128,7 +138,7 @@ class AlignmentModule(LightningModule):
         ids = (batch.chosen_time_ids, batch.rejected_time_ids, batch.indices)
         return LatentPairs(chosen, rejected, batch.prompts, *ids)
 
-    def _encode_prompts(self, pairs: LatentPairs, dropout: float) -> Conditioning:
+    def _encode_prompts(self, pairs: LatentPairs | StepPairs, dropout: float) -> Conditioning:
         """One row a pair; both pictures of a dropped pair lose their caption."""
         dropped = rand(self._generators(pairs, "caption_dropout")) < dropout
         if pairs.cond is None:

@@ -122,6 +122,37 @@ class LatentPairs(Record):
 
 
 @dataclass(frozen=True)
+class StepPairs(Record):
+    """Pairs of one denoising step: two ways to go on from the same noisy latents (SPO, arXiv 2406.04314).
+
+    Attributes:
+        latents: x_t of the chosen step, and of the rejected one unless ``rejected_latents`` is given.
+        chosen, rejected: the two x_{t-1}.
+        timesteps: t, int64.
+        prev_timesteps: the timestep that the step arrives at, int64; negative where it ends at clean latents.
+        prompts: captions, length b.
+        score_gap: softmax([score of chosen, score of rejected])[0] - [1], in [0, 1].
+        indices: position of each pair in the run's stream of samples.
+        rejected_latents: the rejected step's own x_t, where a group of several inner steps has moved apart.
+        cond: the prompts' embeddings where they are stored with the pair, else None.
+    """
+
+    latents: Float[Tensor, "b c h w"]
+    chosen: Float[Tensor, "b c h w"]
+    rejected: Float[Tensor, "b c h w"]
+    timesteps: Int[Tensor, " b"]
+    prev_timesteps: Int[Tensor, " b"]
+    prompts: tuple[str, ...]
+    score_gap: Float[Tensor, " b"]
+    indices: Int[Tensor, " b"]
+    rejected_latents: Float[Tensor, "b c h w"] | None = None
+    cond: Conditioning | None = None
+
+    def __len__(self) -> int:
+        return self.chosen.shape[0]
+
+
+@dataclass(frozen=True)
 class DenoiserQuery(Record):
     """Where to evaluate the denoiser. An objective may subclass it to carry its target.
 

@@ -1,0 +1,100 @@
+"""Our pictures are plain diffusers' pictures: of the base, and of what training exports."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+
+from lightning_modules.errors import ConfigError
+from lightning_modules.policies.adaptation import FullFineTuning, LoRA
+from lightning_modules.policies.sdxl import StableDiffusionXL
+from lightning_modules.policies.stable_diffusion import StableDiffusion
+from lightning_modules.references import AdapterOff
+from lightning_modules.sampling import Sampler, initial_noise
+
+PROMPTS = ["a red cube", "two green triangles on a white background"]
+
+
+def trained(policy):
+    """The policy with its trainable weights moved visibly."""
+    g = torch.Generator().manual_seed(5)
+    for parameter in policy.trainable_parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=g)
+    return policy.eval()
+
+
+def ours(policy, sampler, predict_noise=None):
+    noise, generators = initial_noise(policy, [("test", i) for i in range(len(PROMPTS))])
+    return noise, sampler.generate(policy, predict_noise or policy.predict_noise, PROMPTS, noise, generators)
+
+
+def theirs(pipe, sampler, noise):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        PROMPTS, negative_prompt=[""] * len(PROMPTS), latents=noise, num_inference_steps=sampler.steps,
+        guidance_scale=sampler.guidance_scale, output_type="pt",
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(steps=7, guidance_scale=1.0), Sampler(steps=4)], ids=str)
+def test_base_pictures_are_diffusers_pictures(pipelines, sampler):
+    policy = StableDiffusion(str(pipelines / "tiny-sd15"), LoRA()).eval()
+    noise, images = ours(policy, sampler)
+    pipe = StableDiffusionPipeline.from_pretrained(pipelines / "tiny-sd15")
+    torch.testing.assert_close(images, theirs(pipe, sampler, noise), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("lora", [LoRA(rank=4), LoRA(rank=2, alpha=8.0)], ids=["alpha=rank", "alpha=4*rank"])
+def test_exported_lora_makes_the_same_pictures_in_plain_diffusers(tmp_path, pipelines, lora):
+    policy = trained(StableDiffusion(str(pipelines / "tiny-sd15"), lora))
+    noise, images = ours(policy, Sampler(steps=5))
+    policy.save_pretrained(tmp_path / "export")
+    pipe = StableDiffusionPipeline.from_pretrained(pipelines / "tiny-sd15")
+    base = theirs(pipe, Sampler(steps=5), noise)
+    pipe.load_lora_weights(tmp_path / "export")
+    torch.testing.assert_close(images, theirs(pipe, Sampler(steps=5), noise), rtol=0, atol=2e-4)
+    assert (images - base).abs().max() > 0.01
+
+
+def test_exported_unet_makes_the_same_pictures_in_plain_diffusers(tmp_path, pipelines):
+    policy = trained(StableDiffusion(str(pipelines / "tiny-sd15"), FullFineTuning()))
+    noise, images = ours(policy, Sampler(steps=5))
+    policy.save_pretrained(tmp_path / "export")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "export", subfolder="unet")
+    pipe = StableDiffusionPipeline.from_pretrained(pipelines / "tiny-sd15", unet=unet)
+    torch.testing.assert_close(images, theirs(pipe, Sampler(steps=5), noise), rtol=0, atol=2e-4)
+
+
+def test_exported_sdxl_lora_makes_the_same_pictures_in_plain_diffusers(tmp_path, pipelines):
+    policy = trained(StableDiffusionXL(str(pipelines / "tiny-sdxl"), LoRA(rank=2)))
+    noise, images = ours(policy, Sampler(steps=4))
+    policy.save_pretrained(tmp_path / "export")
+    pipe = StableDiffusionXLPipeline.from_pretrained(pipelines / "tiny-sdxl", add_watermarker=False)
+    pipe.load_lora_weights(tmp_path / "export")
+    torch.testing.assert_close(images, theirs(pipe, Sampler(steps=4), noise), rtol=0, atol=2e-4)
+
+
+def test_the_reference_samples_the_base(pipelines):
+    base = StableDiffusion(str(pipelines / "tiny-sd15"), LoRA()).eval()
+    policy, reference = trained(StableDiffusion(str(pipelines / "tiny-sd15"), LoRA())), AdapterOff()
+    reference.attach(policy)
+    _, expected = ours(base, Sampler(steps=3))
+    _, actual = ours(policy, Sampler(steps=3), reference.predict_noise)
+    assert torch.equal(actual, expected)
+    assert not torch.equal(ours(policy, Sampler(steps=3))[1], expected)
+
+
+def test_eta_draws_are_a_pictures_own(pipelines):
+    """With eta 1 a picture is the same alone and in company."""
+    policy = StableDiffusion(str(pipelines / "tiny-sd15"), LoRA()).eval()
+    sampler = Sampler(steps=3, eta=1.0)
+    _, both = ours(policy, sampler)
+    noise, generators = initial_noise(policy, [("test", 1)])
+    alone = sampler.generate(policy, policy.predict_noise, PROMPTS[1:], noise, generators)
+    torch.testing.assert_close(alone[0], both[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [{"guidance_scale": 0.5}, {"eta": 1.5}])
+def test_a_sampler_without_meaning_is_refused(bad):
+    with pytest.raises(ConfigError, match="sampler wants"):
+        Sampler(**bad)
