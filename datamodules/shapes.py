@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
-from itertools import product
 
 import lightning as L
 import numpy as np
@@ -50,11 +49,14 @@ def prompt_splits() -> dict[str, tuple[str, ...]]:
     return {"train": tuple(mixed[84:]), "validation": tuple(mixed[48:84]), "test": tuple(mixed[:48])}
 
 
-def _random(*key: int | str) -> np.random.Generator:
+def random_numbers(*key: int | str) -> np.random.Generator:
+    """A numpy generator keyed like ``lightning_modules.randomness``: drawing asks for a few numbers at a time."""
     return np.random.default_rng(derive_seed(*key))
 
 
-def draw(scene: Scene, rng: np.random.Generator, scale: float = 1.0, paint: tuple[float, ...] | None = None) -> Image.Image:
+def draw(
+    scene: Scene, rng: np.random.Generator, scale: float = 1.0, paint: tuple[float, ...] | None = None
+) -> Image.Image:
     """A clean RGB picture of the scene, 32 x 32, at a random layout.
 
     Args:
@@ -92,13 +94,13 @@ def _bytes(colour: tuple[float, ...]) -> tuple[int, ...]:
     return tuple(round(255 * channel) for channel in colour)
 
 
-def draw_imperfect(scene: Scene, rng: np.random.Generator) -> UInt8[Tensor, "3 h w"]:
+def draw_imperfect(scene: Scene, rng: np.random.Generator, misread: float = 1 / 12) -> UInt8[Tensor, "3 h w"]:
     """A picture of the scene as a careless artist makes it.
 
     Washed out, blurred, grainy, off-colour, of a wrong size: each with its own random strength, from not at
-    all to plainly visible. Once in 12 the content itself is wrong in one word.
+    all to plainly visible. With probability ``misread`` one word of the content itself is wrong.
     """
-    drawn = _misread(scene, rng) if rng.random() < 1 / 12 else scene
+    drawn = _misread(scene, rng) if rng.random() < misread else scene
     paint = np.clip(np.array(COLOURS[drawn.colour]) + rng.normal(0, 0.10, 3) * rng.random(), 0, 1)
     picture = draw(drawn, rng, scale=1 + 0.12 * rng.normal() * rng.random(), paint=tuple(paint))
     return degrade(picture, rng)
@@ -147,16 +149,17 @@ class ShapesPairs:
     """
 
     def __init__(self, prompts: tuple[str, ...], size: int, seed: int, ranked: bool, purpose: str = "train") -> None:
-        self.prompts = tuple(
-            prompts[int(_random(seed, "shapes", purpose, "prompt", j).integers(len(prompts)))] for j in range(size)
-        )
+        draws = (random_numbers(seed, "shapes", purpose, "prompt", j) for j in range(size))
+        self.prompts = tuple(prompts[int(rng.integers(len(prompts)))] for rng in draws)
         self.pictures = torch.stack([self._drawn(j, seed, purpose) for j in range(size)])  # uint8 [size, 2, 3, h, w]
         if ranked:
             self._rank()
 
     def _drawn(self, j: int, seed: int, purpose: str) -> UInt8[Tensor, "2 3 h w"]:
         scene = Scene.parse(self.prompts[j])
-        return torch.stack([draw_imperfect(scene, _random(seed, "shapes", purpose, "drawing", j, k)) for k in (0, 1)])
+        return torch.stack(
+            [draw_imperfect(scene, random_numbers(seed, "shapes", purpose, "drawing", j, k)) for k in (0, 1)]
+        )
 
     def _rank(self) -> None:
         """Puts the picture with the higher exact reward first."""
@@ -253,7 +256,7 @@ class ShapesDataModule(L.LightningDataModule):
         rank, world = trainer.global_rank, trainer.world_size
         return _Epoch(
             self.batches_per_epoch,
-            lambda: trainer.fit_loop.epoch_loop.batch_progress.total.processed,
+            lambda: trainer.fit_loop.epoch_loop.batch_progress.total.processed,  # type: ignore[attr-defined]
             lambda m: self.train_batch(m, rank, world),
         )
 

@@ -1,6 +1,11 @@
-"""Makes the embedded world's pipeline folder with random weights: where retraining it from nothing starts.
+"""Makes the embedded world's pipeline folder: with random weights to train from, or of trained parts to ship.
+
+Retraining it from nothing, about half an hour on 2 cores:
 
     python -m experiments.build_shapes_pipeline --output runs/shapes
+    python -m experiments.run --config pretrain_shapes_vae
+    python -m experiments.run --config pretrain_shapes
+    python -m experiments.build_shapes_pipeline --output runs/trained --trained runs/shapes runs/pretrain_shapes/export
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -38,7 +44,7 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
     letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
     merges = merges_for(words())
     vocabulary = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
-    vocabulary = list(dict.fromkeys(vocabulary)) + [START, END]
+    vocabulary = [*dict.fromkeys(vocabulary), START, END]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     tokenizer = CLIPTokenizer.from_pretrained(
@@ -121,7 +127,7 @@ def build(folder: Path, seed: int) -> None:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -130,22 +136,48 @@ def build(folder: Path, seed: int) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder)
+    )
+    pipeline.save_pretrained(folder)
+
+
+def assemble(folder: Path, sources: list[Path]) -> None:
+    """Fills the pipeline with the trained networks of other folders, the last one that has a network giving it.
+
+    Raises:
+        ConfigError: no folder has one of the networks.
+    """
+    for name, network in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        found = [source / name for source in sources if (source / name / "config.json").is_file()]
+        if not found:
+            places = ", ".join(str(source) for source in sources)
+            raise ConfigError(f"no trained {name} in {places}; train it first, or name the folder that holds it")
+        shutil.rmtree(folder / name)
+        trained: Any = network.from_pretrained(found[-1])
+        trained.to(torch.float16).save_pretrained(folder / name)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument(
+        "--trained",
+        type=Path,
+        nargs="+",
+        help="folders with trained networks to take instead of random ones, in fp16; the last that has one gives it",
+    )
     options = parser.parse_args(arguments)
     if options.output.exists():
         raise ConfigError(f"{options.output} exists already: name a new folder, or delete it first")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = options.output.with_name(f".{options.output.name}.{os.getpid()}.new")
     try:
         build(unfinished, options.seed)
+        if options.trained:
+            assemble(unfinished, options.trained)
         for split, prompts in prompt_splits().items():
             (unfinished / f"{split}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
-        os.replace(unfinished, options.output)
+        unfinished.replace(options.output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -154,4 +186,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None

@@ -6,6 +6,7 @@ import os
 import shutil
 from math import cos, pi
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -98,7 +99,7 @@ class AutoencoderModule(L.LightningModule):
         variance = squares / count - (total / count) ** 2
         self.vae.register_to_config(scaling_factor=round(variance**-0.5, 5))
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.vae.parameters(), lr=self.learning_rate, weight_decay=0.0, fused=True)
         total = int(self.trainer.estimated_stepping_batches)
 
@@ -117,6 +118,6 @@ class AutoencoderModule(L.LightningModule):
         clone = AutoencoderKL.from_config(self.vae.config)
         clone.load_state_dict(self.vae.state_dict())
         clone.to(torch.float16).save_pretrained(new)
-        os.replace(folder / "vae", old)
-        os.replace(new, folder / "vae")
+        (folder / "vae").replace(old)
+        new.replace(folder / "vae")
         shutil.rmtree(old)

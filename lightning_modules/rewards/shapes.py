@@ -171,19 +171,23 @@ def measure(images: Float[Tensor, "n 3 h w"]) -> Measurement:
 def _components(mask: Bool[Tensor, "n h w"]) -> tuple[Int[Tensor, " c"], Bool[Tensor, "c h w"]]:
     """4-connected regions of more than specks, with their picture's number, in order of pictures."""
     n, h, w = mask.shape
-    inside = mask[:, None].float()
-    labels = torch.arange(1, h * w + 1, device=mask.device).float().reshape(1, 1, h, w) * inside
+    labels = torch.arange(1, h * w + 1, device=mask.device).float().reshape(1, h, w) * mask
     while True:  # the largest label floods its region; ends because labels only grow
-        across = F.max_pool2d(labels, (1, 3), 1, (0, 1))
-        grown = torch.maximum(across, F.max_pool2d(labels, (3, 1), 1, (1, 0))) * inside
+        grown = labels.clone()
+        torch.maximum(grown[:, 1:], labels[:, :-1], out=grown[:, 1:])
+        torch.maximum(grown[:, :-1], labels[:, 1:], out=grown[:, :-1])
+        torch.maximum(grown[:, :, 1:], labels[:, :, :-1], out=grown[:, :, 1:])
+        torch.maximum(grown[:, :, :-1], labels[:, :, 1:], out=grown[:, :, :-1])
+        grown *= mask
         if torch.equal(grown, labels):
             break
         labels = grown
     flat = labels.reshape(n, h * w).long()
-    areas = torch.zeros(n, h * w + 1, device=mask.device).scatter_add_(1, flat, torch.ones(flat.shape, device=mask.device))
+    ones = torch.ones(flat.shape, device=mask.device)
+    areas = torch.zeros(n, h * w + 1, device=mask.device).scatter_add_(1, flat, ones)
     areas[:, 0] = 0
     owner, label = (areas >= _SPECK).nonzero(as_tuple=True)
-    return owner, labels[owner, 0] == label[:, None, None]
+    return owner, labels[owner] == label[:, None, None]
 
 
 def _dilate(mask: Float[Tensor, "n h w"], by: int = 1) -> Float[Tensor, "n h w"]:

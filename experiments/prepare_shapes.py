@@ -1,0 +1,152 @@
+"""Draws preference pairs of the embedded world as parquet in Pick-a-Pic's schema, so that they take real data's road.
+
+python -m experiments.prepare_shapes --output data/shapes --pairs 2000 --seed 0
+python -m experiments.prepare_pickapic --input data/shapes --output data/shapes-shards
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from datamodules.shapes import as_unit, draw_imperfect, prompt_splits, random_numbers
+from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.randomness import derive_seed
+from lightning_modules.rewards.shapes import Scene, ShapesReward
+
+# As published: yuvalkirstain/pickapic_v1 and _v2.
+SCHEMA = pa.schema(
+    [
+        ("are_different", pa.bool_()),
+        ("best_image_uid", pa.string()),
+        ("caption", pa.string()),
+        ("created_at", pa.timestamp("ns")),
+        ("has_label", pa.bool_()),
+        ("image_0_uid", pa.string()),
+        ("image_0_url", pa.string()),
+        ("image_1_uid", pa.string()),
+        ("image_1_url", pa.string()),
+        ("jpg_0", pa.binary()),
+        ("jpg_1", pa.binary()),
+        ("label_0", pa.float64()),
+        ("label_1", pa.float64()),
+        ("model_0", pa.string()),
+        ("model_1", pa.string()),
+        ("ranking_id", pa.int64()),
+        ("user_id", pa.int64()),
+        ("num_example_per_prompt", pa.int64()),
+        ("__index_level_0__", pa.int64()),
+    ]
+)
+TIE = 0.02  # rewards closer than that are called equal, as people's would be
+MISREAD = 0.2  # of the pictures get one word of the prompt wrong: content must be there to be preferred, beside looks
+_BLOCK = 500  # pairs drawn, scored and written at a time
+
+
+def rows(first: int, last: int, seed: int, counts: Counter[str], captions: list[str]) -> list[dict[str, Any]]:
+    """The rows first .. last - 1 of the data set; row j is a pure function of (seed, j), but for its prompt's count."""
+    pictures = torch.stack(
+        [
+            draw_imperfect(Scene.parse(captions[j]), random_numbers(seed, "preference pairs", j, k), MISREAD)
+            for j in range(first, last)
+            for k in (0, 1)
+        ]
+    )
+    rewards = ShapesReward().score(as_unit(pictures), [captions[j] for j in range(first, last) for _ in (0, 1)])
+    return [
+        row(j, seed, captions[j], pictures[2 * i : 2 * i + 2], rewards[2 * i : 2 * i + 2].tolist(), counts)
+        for i, j in enumerate(range(first, last))
+    ]
+
+
+def row(
+    j: int, seed: int, caption: str, pictures: Tensor, rewards: list[float], counts: Counter[str]
+) -> dict[str, Any]:
+    gap = rewards[0] - rewards[1]
+    label = 0.5 if abs(gap) < TIE else float(gap > 0)
+    uids = [f"{derive_seed(seed, 'picture', j, k):016x}" for k in (0, 1)]
+    return {
+        "are_different": label != 0.5,
+        "best_image_uid": "tie" if label == 0.5 else uids[0 if label == 1 else 1],
+        "caption": caption,
+        "created_at": 0,
+        "has_label": True,
+        "image_0_uid": uids[0],
+        "image_0_url": f"shapes://{uids[0]}",
+        "image_1_uid": uids[1],
+        "image_1_url": f"shapes://{uids[1]}",
+        "jpg_0": encode(pictures[0]),
+        "jpg_1": encode(pictures[1]),
+        "label_0": label,
+        "label_1": 1 - label,
+        "model_0": "shapes",
+        "model_1": "shapes",
+        "ranking_id": j,
+        "user_id": 0,
+        "num_example_per_prompt": counts[caption],
+        "__index_level_0__": j,
+    }
+
+
+def encode(picture: Tensor) -> bytes:
+    """PNG, because JPEG's own artefacts would be the largest flaw of so small a picture."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def prepare(output: Path, pairs: int, seed: int) -> None:
+    """Writes ``output``, whole or not at all.
+
+    Raises:
+        ConfigError: no pairs asked for, or ``output`` exists.
+    """
+    if pairs < 1:
+        raise ConfigError(f"--pairs must be at least 1, got {pairs}")
+    if output.exists():
+        raise ConfigError(f"{output} exists already: name a new folder, or delete it first")
+    prompts = prompt_splits()["train"]
+    captions = [prompts[derive_seed(seed, "preference prompts", j) % len(prompts)] for j in range(pairs)]
+    counts = Counter(captions)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.new")
+    unfinished.mkdir()
+    try:
+        with pq.ParquetWriter(unfinished / "train-00000-of-00001.parquet", SCHEMA) as writer:
+            for first in track(range(0, pairs, _BLOCK), description="drawing pairs"):
+                block = rows(first, min(first + _BLOCK, pairs), seed, counts, captions)
+                writer.write_table(pa.Table.from_pylist(block, schema=SCHEMA))
+        unfinished.replace(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--pairs", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    prepare(options.output, options.pairs, options.seed)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
