@@ -1,0 +1,140 @@
+"""Prompt files of every common kind -> a list of prompts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_modules.errors import DataError
+
+# The largest published prompt list here, HPDv2's, has 100 kB a file; a text encoder reads 77 tokens of a prompt.
+MAX_FILE_BYTES = 64 * 1024 * 1024
+MAX_PROMPT_CHARACTERS = 10_000
+
+KNOWN_FORMS = (
+    ".txt with one prompt a line; .json with a list of strings or of {caption, trainset_idx}; "
+    ".jsonl with a prompt field a line; .tsv with a Prompt column (PartiPrompts)"
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to draw, with its category and its number in a larger collection where the file has them."""
+
+    text: str
+    category: str | None = None
+    index: int | None = None
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """Read a prompt file; its kind follows from its suffix, and blank lines are passed over.
+
+    Known forms: plain text, one prompt a line (``.txt``); a JSON list of strings (HPDv2) or of objects with
+    "caption" and "trainset_idx" (SPO's training prompts) (``.json``); JSON lines with "prompt" and, if wanted,
+    "category" and "index" (``.jsonl``); a table with the columns Prompt and Category (PartiPrompts, ``.tsv``).
+
+    Raises:
+        DataError: the file is missing, empty, too large, not UTF-8, or of no known form.
+    """
+    path = Path(path)
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        raise DataError(f"prompt file {path}: suffix {path.suffix!r} is not known; known forms: {KNOWN_FORMS}")
+    prompts = read(path, _text(path))
+    if not prompts:
+        raise DataError(f"prompt file {path} holds no prompts; known forms: {KNOWN_FORMS}")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.text.strip() or len(prompt.text) > MAX_PROMPT_CHARACTERS:
+            raise DataError(
+                f"prompt file {path}: prompt {number} has {len(prompt.text.strip())} characters, "
+                f"expected 1 to {MAX_PROMPT_CHARACTERS}; correct or remove it"
+            )
+    return prompts
+
+
+def _text(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise DataError(f"prompt file {path} has {size} bytes, more than {MAX_FILE_BYTES}; split it")
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read prompt file {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _read_lines(path: Path, text: str) -> list[Prompt]:
+    return [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
+
+
+def _read_json(path: Path, text: str) -> list[Prompt]:
+    value = _parse(path, text, "the file")
+    if not isinstance(value, list):
+        raise DataError(f"prompt file {path} holds a JSON {_kind(value)}, not a list; known forms: {KNOWN_FORMS}")
+    return [_prompt(path, f"entry {number}", item, "caption", "trainset_idx") for number, item in enumerate(value, 1)]
+
+
+def _read_json_lines(path: Path, text: str) -> list[Prompt]:
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [
+        _prompt(path, f"line {number}", _parse(path, line, f"line {number}"), "prompt", "index")
+        for number, line in lines
+    ]
+
+
+def _read_table(path: Path, text: str) -> list[Prompt]:
+    # PartiPrompts quotes nothing: a quotation mark in a prompt is part of it.
+    rows = list(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
+    header = rows[0] if rows else []
+    if "Prompt" not in header:
+        raise DataError(f"prompt file {path} has the columns {header}, none is Prompt; known forms: {KNOWN_FORMS}")
+    prompts = []
+    for number, row in enumerate(rows[1:], 2):
+        if not row:
+            continue
+        if len(row) < len(header):
+            raise DataError(f"prompt file {path}, line {number}: {len(row)} columns, the header has {len(header)}")
+        cells = dict(zip(header, row))
+        prompts.append(Prompt(cells["Prompt"].strip(), cells.get("Category") or None))
+    return prompts
+
+
+def _parse(path: Path, text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        message = f"prompt file {path}: {place} is not valid JSON ({error}); known forms: {KNOWN_FORMS}"
+        raise DataError(message) from error
+
+
+def _prompt(path: Path, place: str, item: Any, text_field: str, index_field: str) -> Prompt:
+    """A prompt from a string or from an object with ``text_field`` and perhaps an index and a category."""
+    if isinstance(item, str):
+        return Prompt(item)
+    if isinstance(item, dict) and isinstance(item.get(text_field), str):
+        index, category = item.get(index_field), item.get("category")
+        if (index is None or type(index) is int) and (category is None or isinstance(category, str)):
+            return Prompt(item[text_field], category, index)
+    seen = f"the fields {sorted(item)}" if isinstance(item, dict) else f"a {_kind(item)}"
+    raise DataError(
+        f"prompt file {path}: {place} has {seen}, expected a string or an object with a text {text_field!r} "
+        f"and a whole {index_field!r}; known forms: {KNOWN_FORMS}"
+    )
+
+
+def _kind(value: Any) -> str:
+    return {dict: "object", list: "list", str: "string", type(None): "null"}.get(type(value), type(value).__name__)
+
+
+_READERS: dict[str, Callable[[Path, str], list[Prompt]]] = {
+    ".txt": _read_lines,
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".tsv": _read_table,
+}

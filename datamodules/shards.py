@@ -1,0 +1,683 @@
+"""The shard format: tar files of numbered samples beside a manifest, written atomically, read by random access.
+
+A folder of shards holds ``00000.tar``, ``00001.tar``, ... and, written last, ``manifest.json``. A sample is a few
+members of one tar file that share a key, a zero-padded integer::
+
+    000000012.chosen.jpg   000000012.rejected.jpg   000000012.json                     kind "pixels"
+    000000012.latents.safetensors   [000000012.embeds.safetensors]   000000012.json    kind "latents"
+
+The encoded bytes of a picture pass through untouched. Nothing is ever pickled or unpickled. Shards without a
+manifest are accepted where their members are named as above.
+
+Reading keeps an index of member offsets for each open tar file, so that any sample can be fetched at any time and a
+run's position is one integer. Remote shards are downloaded whole into a cache folder first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import tarfile
+import weakref
+import zlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import webdataset
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from webdataset.shardlists import expand_urls
+
+from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.randomness import generator
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+KEY_DIGITS = 9
+PICTURE_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+# Decoded, a picture of this size takes 200 MB; generated pictures have 0.25 to 4 megapixels.
+MAX_PICTURE_PIXELS = 64 * 1024 * 1024
+# What Pillow raises on damaged pictures, depending on the format and on where the damage is.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+_MEMBER = re.compile(r"(\d+)\.(json|(?:chosen|rejected)\.(?:jpg|jpeg|png|webp)|(?:latents|embeds)\.safetensors)")
+_TAR_END = 1024  # a tar file ends with two empty blocks
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when it is complete and on disk.
+
+    Raises:
+        DataError: the folder or the disk does not take it; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error}; free some space or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` atomically as indented JSON."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar file: its name in the folder, how many samples it holds, its size, and the hash of its bytes.
+
+    The hash is empty for shards that came without a manifest.
+    """
+
+    file: str
+    samples: int
+    bytes: int
+    digest: str = ""
+
+
+class _HashingFile:
+    """Passes bytes on to a file and hashes them on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash, self.size = file, hashlib.blake2b(digest_size=16), 0
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+
+def write_shard(path: Path, samples: Iterable[tuple[int, Mapping[str, bytes]]]) -> ShardInfo:
+    """Write samples (number, {member name without the key: bytes}) as one tar file, atomically.
+
+    The same samples give the same bytes. Samples are consumed one by one, so a shard is never held in memory.
+    """
+    count = 0
+    with atomic_file(path) as file:
+        target = _HashingFile(file)
+        with webdataset.TarWriter(target, encoder=False, mtime=0) as tar:
+            for number, members in samples:
+                tar.write({"__key__": f"{number:0{KEY_DIGITS}d}", **members})
+                count += 1
+    return ShardInfo(path.name, count, target.size, target.hash.hexdigest())
+
+
+def picture_suffix(data: bytes) -> str | None:
+    """``jpg``, ``png`` or ``webp`` from a picture's first bytes, None for anything else."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return None
+
+
+def pixel_members(chosen: bytes, rejected: bytes, info: Mapping[str, Any]) -> dict[str, bytes]:
+    """The members of a pair of encoded pictures; ``info`` needs a "caption"."""
+    members = {"json": _dump(info)}
+    for role, data in (("chosen", chosen), ("rejected", rejected)):
+        suffix = picture_suffix(data)
+        if suffix is None:
+            raise DataError(f"the {role} picture is neither JPEG, PNG nor WebP: it begins with {data[:8]!r}")
+        members[f"{role}.{suffix}"] = data
+    return members
+
+
+def latent_members(
+    latents: Mapping[str, Tensor], embeds: Mapping[str, Tensor] | None, info: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The members of an encoded pair: latents "chosen" and "rejected", and the prompt's "embeds" and "pooled".
+
+    Prompt embeddings are larger than latents and captions repeat, so a shard stores each caption's once: where
+    ``embeds`` is None, ``info["embeds_key"]`` names the sample of the same shard that has them.
+    """
+    members = {"json": _dump(info), "latents.safetensors": save_tensors(dict(latents))}
+    if embeds is not None:
+        members["embeds.safetensors"] = save_tensors(dict(embeds))
+    return members
+
+
+def _dump(info: Mapping[str, Any]) -> bytes:
+    return json.dumps(info, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+# ------------------------------------------------------------------------------------------- manifest
+
+
+@dataclass(frozen=True)
+class LatentsKey:
+    """What made a folder's latents: ``hash`` covers the networks' weights and the other three fields."""
+
+    hash: str
+    resolution: int
+    crop: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds and where it came from.
+
+    Attributes:
+        kind: "pixels" or "latents".
+        shards: the tar files, in order.
+        counts: rows read, pairs kept, and what was dropped, by reason.
+        settings: what the shards were made from and with; ``job`` is the hash of these.
+        corrupt: names of the first damaged rows.
+        latents: set if kind is "latents".
+    """
+
+    kind: str
+    shards: tuple[ShardInfo, ...]
+    counts: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    job: str = ""
+    corrupt: tuple[str, ...] = ()
+    latents: LatentsKey | None = None
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **asdict(self)})
+
+    @staticmethod
+    def read(path: Path) -> Manifest:
+        """
+        Raises:
+            DataError: no such file, not JSON, a newer format, or fields missing.
+        """
+        value = read_json(path)
+        version = value.get("format_version")
+        if version != FORMAT_VERSION:
+            raise DataError(f"{path}: format version {version!r}, expected {FORMAT_VERSION}; prepare it again")
+        try:
+            shards = tuple(ShardInfo(**shard) for shard in value["shards"])
+            latents = LatentsKey(**value["latents"]) if value["latents"] else None
+            manifest = Manifest(
+                str(value["kind"]),
+                shards,
+                dict(value["counts"]),
+                dict(value["settings"]),
+                str(value["job"]),
+                tuple(value["corrupt"]),
+                latents,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: not a shard manifest ({error}); prepare the shards again") from error
+        if any("/" in shard.file or shard.file in ("", "..") for shard in shards):
+            raise DataError(f"{path}: names a shard outside its folder; prepare the shards again")
+        return manifest
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or ``DataError``."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); it is damaged, make it again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+# -------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample's raw members, with where it came from for error messages."""
+
+    shard: str
+    key: str
+    members: dict[str, bytes]
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard}, sample {self.key}"
+
+    def info(self) -> dict[str, Any]:
+        """The sample's JSON member; it has at least a "caption"."""
+        try:
+            info = json.loads(self.members["json"])
+        except ValueError as error:
+            raise DataError(f"{self.name}: the json member is damaged ({error}); prepare the shards again") from error
+        if not isinstance(info, dict) or not isinstance(info.get("caption"), str):
+            raise DataError(f'{self.name}: the json member needs a text field "caption", got {str(info)[:80]!r}')
+        return info
+
+    def picture(self, role: str) -> bytes:
+        """The encoded bytes of the "chosen" or the "rejected" picture."""
+        for suffix in ("jpg", "jpeg", "png", "webp"):
+            if f"{role}.{suffix}" in self.members:
+                return self.members[f"{role}.{suffix}"]
+        raise DataError(f"{self.name}: has no {role} picture; prepare the shards again")
+
+    def tensors(self, member: str) -> dict[str, Tensor]:
+        """The tensors of the "latents" or the "embeds" member."""
+        try:
+            return load_tensors(self.members[f"{member}.safetensors"])
+        except (KeyError, SafetensorError) as error:
+            raise DataError(f"{self.name}: no whole {member} ({error}); prepare the shards again") from error
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """RGB pixels of a JPEG, PNG or WebP picture; what is transparent becomes white.
+
+    Raises:
+        DataError: damaged, of another format, or larger than ``MAX_PICTURE_PIXELS``.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(PICTURE_FORMATS.values())) as image:
+            width, height = image.size
+            if width * height > MAX_PICTURE_PIXELS:
+                raise DataError(f"a picture of {width}x{height} px is larger than {MAX_PICTURE_PIXELS} px")
+            image.load()
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except DECODE_ERRORS as error:
+        raise DataError(f"a damaged picture of {len(data)} bytes ({type(error).__name__}: {error})") from error
+
+
+class IndexedShard:
+    """A local tar file with the offsets of its members; reads any sample without touching the others.
+
+    Raises:
+        DataError: the file is missing, truncated, holds another number of samples than expected, or has members
+            that are not samples of this format.
+    """
+
+    def __init__(self, path: Path, samples: int | None = None) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            self._scan()
+        except FileNotFoundError as error:
+            raise DataError(f"shard {path} does not exist; check the path or prepare the shards again") from error
+        except (tarfile.TarError, OSError) as error:
+            raise DataError(f"shard {path} is truncated or damaged ({error}); {_REMEDY}") from error
+        self.keys = tuple(self.rows)
+        if samples is not None and len(self.keys) != samples:
+            raise DataError(
+                f"shard {path} holds {len(self.keys)} samples but the manifest says {samples}: "
+                f"it is truncated or was replaced; {_REMEDY}"
+            )
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, self._descriptor)
+
+    def _scan(self) -> None:
+        size, end = self.path.stat().st_size, 0
+        with tarfile.open(self.path, "r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // 512) * 512
+                if end > size:
+                    raise DataError(f"shard {self.path} is truncated inside {member.name!r}; {_REMEDY}")
+                self._add(member)
+        if end + _TAR_END > size:
+            raise DataError(f"shard {self.path} is truncated: the end of the tar file is missing; {_REMEDY}")
+        for key, members in self.rows.items():
+            roles = {name.split(".")[0] for name in members}
+            if not (roles >= {"json", "chosen", "rejected"} or roles >= {"json", "latents"}):
+                raise DataError(
+                    f"shard {self.path}: sample {key} has only {sorted(members)}; needed are a json member and "
+                    f"either a chosen and a rejected picture or latents; {_REMEDY}"
+                )
+
+    def _add(self, member: tarfile.TarInfo) -> None:
+        match = _MEMBER.fullmatch(member.name)
+        if match is None or not member.isreg():
+            raise DataError(
+                f"shard {self.path}: member {member.name!r} is not a sample: names are an integer key without a dot "
+                "and then .json, .chosen.jpg or .rejected.jpg (or png, webp), .latents.safetensors or "
+                ".embeds.safetensors (a dot inside a key merges samples); rename the members or prepare it again"
+            )
+        key, name = match.groups()
+        members = self.rows.setdefault(key, {})
+        if name in members:
+            raise DataError(f"shard {self.path}: two members are named {member.name!r}; {_REMEDY}")
+        members[name] = (member.offset_data, member.size)
+
+    def read(self, key: str) -> Sample:
+        """
+        Raises:
+            DataError: the file has been cut or removed since it was opened.
+        """
+        members = {}
+        for name, (offset, size) in self.rows[key].items():
+            data = os.pread(self._descriptor, size, offset)
+            if len(data) != size:
+                raise DataError(f"shard {self.path} was truncated while in use, at sample {key}; {_REMEDY}")
+            members[name] = data
+        return Sample(str(self.path), key, members)
+
+    @property
+    def kind(self) -> str:
+        return "latents" if any("latents.safetensors" in members for members in self.rows.values()) else "pixels"
+
+
+_REMEDY = "copy or download it again, or delete it and prepare the shards again"
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is a URL or a ``pipe:`` command, not a local path or ``file:`` URL."""
+    return location.startswith("pipe:") or re.match(r"(?!file:)[a-z][a-z0-9+.-]*://", location) is not None
+
+
+def fetch(url: str, cache_dir: Path | None, size: int | None = None, refresh: bool = False) -> Path:
+    """Download ``url`` into ``cache_dir`` unless it is there, and return the local file.
+
+    Processes that want the same file at once wait for the one that downloads it.
+
+    Args:
+        url: anything that ``webdataset.gopen`` opens: http(s)://, gs://, hf://, ``pipe:command``, ...
+        cache_dir: needs room for every remote shard; nothing is evicted.
+        size: the expected number of bytes, if known; a cached file of another size is downloaded again.
+        refresh: download even if it is there.
+
+    Raises:
+        ConfigError: no ``cache_dir``.
+        DataError: the download failed or has another size.
+    """
+    if cache_dir is None:
+        raise ConfigError(f"{url} is remote: set cache_dir to a folder with room for the shards")
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+    path = cache_dir / f"{digest}-{re.sub(r'[^A-Za-z0-9._-]+', '_', url)[-40:]}"
+    with (cache_dir / f".{digest}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and not refresh and size in (None, path.stat().st_size):
+            return path
+        with atomic_file(path) as target:
+            _download(url, target, size)
+    return path
+
+
+def _download(url: str, target: BinaryIO, size: int | None) -> None:
+    try:
+        with webdataset.gopen(url) as source:
+            shutil.copyfileobj(source, target)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot download {url}: {error}; check the address and the network") from error
+    if size not in (None, target.tell()):
+        raise DataError(f"{url} gave {target.tell()} bytes, not the {size} of its manifest: upload the folder again")
+
+
+@dataclass(frozen=True)
+class _Located:
+    """A shard and where it is: a local path or a URL."""
+
+    location: str
+    info: ShardInfo
+
+
+class ShardSet:
+    """All shards of a data set, in their given order, read by (shard, row).
+
+    Holds at most ``max_open`` indices and file descriptors; each process opens its own.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        shards: Sequence[_Located],
+        latents: LatentsKey | None,
+        has_ties: bool,
+        cache_dir: Path | None,
+        max_open: int,
+    ) -> None:
+        self.kind, self.latents, self.has_ties = kind, latents, has_ties
+        self._shards, self._cache_dir, self._max_open = tuple(shards), cache_dir, max_open
+        self._open: OrderedDict[int, IndexedShard] = OrderedDict()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of every shard."""
+        return tuple(shard.info.samples for shard in self._shards)
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}  # file descriptors don't travel to another process
+
+    def fingerprint(self) -> str:
+        """A hash of what the data set holds, wherever it lies."""
+        shards = [(s.info.file, s.info.samples, s.info.bytes, s.info.digest) for s in self._shards]
+        key = repr((self.kind, self.latents and self.latents.hash, shards))
+        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+    def shard(self, number: int) -> IndexedShard:
+        """Shard ``number`` with its index, from the open ones or freshly opened."""
+        found = self._open.get(number)
+        if found is None:
+            located = self._shards[number]
+            path = Path(located.location)
+            if is_remote(located.location):
+                path = fetch(located.location, self._cache_dir, located.info.bytes)
+            found = self._open[number] = IndexedShard(path, located.info.samples)
+            if len(self._open) > self._max_open:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(number)
+        return found
+
+    def read(self, shard: int, row: int) -> Sample:
+        opened = self.shard(shard)
+        return opened.read(opened.keys[row])
+
+    def read_embeds(self, shard: int, sample: Sample, info: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The prompt embeddings of a latents sample, stored with it or with an earlier one of its shard."""
+        key = info.get("embeds_key", sample.key)
+        opened = self.shard(shard)
+        if key not in opened.rows:
+            raise DataError(f"{sample.name}: its prompt embeddings should be at sample {key}, which is not there")
+        return (sample if key == sample.key else opened.read(key)).tensors("embeds")
+
+
+# ------------------------------------------------------------------------------------------- locating
+
+
+def open_shards(shards: str | Sequence[str], cache_dir: Path | None = None, max_open: int = 32) -> ShardSet:
+    """Find the shards that ``shards`` names.
+
+    Args:
+        shards: one or several of: a prepared folder; the URL of one; a tar file's path or URL; a brace list of
+            either such as ``data/{00000..00009}.tar``; a ``pipe:`` command that prints a tar file.
+        cache_dir: where remote shards are kept.
+        max_open: how many shards a process keeps open.
+
+    Raises:
+        DataError: a shard or manifest is missing, damaged, or of another kind than the rest.
+        ConfigError: a remote shard without ``cache_dir``, or a brace list that is malformed.
+    """
+    names = [shards] if isinstance(shards, str) else list(shards)
+    locations = [location for name in names for location in _expand(name)]
+    located = [_locate(location, cache_dir) for location in locations]
+    found = [shard for shards_there, _ in located for shard in shards_there]
+    if not found:
+        raise DataError(f"no shards in {', '.join(names) or 'an empty list'}; prepare them, or check the path")
+    first = located[0][1]
+    for location, (_, manifest) in zip(locations, located, strict=True):
+        if (manifest.kind, manifest.latents) != (first.kind, first.latents):
+            raise DataError(
+                f"{location} holds {manifest.kind} that do not go with the {first.kind} of {locations[0]}: "
+                "train on shards that were prepared alike"
+            )
+    has_ties = any(manifest.counts.get("ties_kept", 0) for _, manifest in located)
+    return ShardSet(first.kind, found, first.latents, has_ties, cache_dir, max_open)
+
+
+def _expand(name: str) -> list[str]:
+    try:
+        return [location.removeprefix("file://") for location in expand_urls(name)]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"shards {name!r}: {error}; write a brace list as {{00000..00009}}.tar") from error
+
+
+def _locate(location: str, cache_dir: Path | None) -> tuple[list[_Located], Manifest]:
+    """The shards at one location with the manifest that describes them, one made by a scan for bare tar files."""
+    if is_remote(location):
+        if location.startswith("pipe:") or location.split("?")[0].endswith(".tar"):
+            return _bare(location, fetch(location, cache_dir))
+        folder = location.removesuffix(MANIFEST).rstrip("/")
+        manifest = Manifest.read(fetch(f"{folder}/{MANIFEST}", cache_dir, refresh=True))
+        return [_Located(f"{folder}/{shard.file}", shard) for shard in manifest.shards], manifest
+    path = Path(location)
+    if path.name == MANIFEST:
+        path = path.parent
+    if path.is_dir():
+        if not (path / MANIFEST).exists():
+            raise DataError(
+                f"{path} has no {MANIFEST}: its preparation has not finished. Run it again to complete it, "
+                "or name the tar files themselves, as in folder/{00000..00009}.tar"
+            )
+        manifest = Manifest.read(path / MANIFEST)
+        return [_checked(path / shard.file, shard) for shard in manifest.shards], manifest
+    if (path.parent / MANIFEST).exists():
+        manifest = Manifest.read(path.parent / MANIFEST)
+        mine = [_checked(path, shard) for shard in manifest.shards if shard.file == path.name]
+        if mine:
+            return mine, manifest
+    return _bare(location, path)
+
+
+def _checked(path: Path, shard: ShardInfo) -> _Located:
+    """A local shard whose size is what the manifest says; cheap, so that truncation shows before training starts."""
+    if not path.exists():
+        raise DataError(f"shard {path} does not exist; check the path or prepare the shards again")
+    if path.stat().st_size != shard.bytes:
+        raise DataError(
+            f"shard {path} has {path.stat().st_size} bytes but the manifest says {shard.bytes}: "
+            f"it is truncated or was replaced; {_REMEDY}"
+        )
+    return _Located(str(path), shard)
+
+
+def _bare(location: str, path: Path) -> tuple[list[_Located], Manifest]:
+    scanned = IndexedShard(path)
+    if scanned.kind == "latents":
+        raise DataError(
+            f"{location}: latents without a {MANIFEST} cannot be checked against the policy; name the folder"
+        )
+    info = ShardInfo(Path(location).name, len(scanned.keys), path.stat().st_size)
+    return [_Located(location, info)], Manifest("pixels", (info,))
+
+
+# ---------------------------------------------------------------------------------------------- order
+
+
+class StoredOrder:
+    """Sample n is the n-th as stored; sample N + n is sample n again."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._ends = list(accumulate(sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, n: int) -> tuple[int, int]:
+        """The shard and the row in it of sample n."""
+        return _find(self._ends, n % len(self))
+
+
+class ShuffledOrder:
+    """The order in which a run sees N samples: sample n = e N + p is the p-th of epoch e. Nothing is dropped.
+
+    Epoch e permutes the shards by (seed, e), cuts them into windows of ``shuffle_shards`` and permutes the samples
+    of each window together by (seed, e, window). So sample n is a pure function of (seed, n), found without
+    visiting the samples before it; a process works on one window of shards at a time, which bounds what it opens.
+
+    Attributes:
+        sizes: samples of every shard.
+        seed: the run's.
+        shuffle_shards: 1 mixes within shards only; the number of shards or more is a full shuffle.
+    """
+
+    def __init__(self, sizes: Sequence[int], seed: int, shuffle_shards: int) -> None:
+        if shuffle_shards < 1:
+            raise ConfigError(f"shuffle_shards is {shuffle_shards}, it must be at least 1")
+        self.sizes, self.seed, self.shuffle_shards = tuple(sizes), seed, shuffle_shards
+        self._total = sum(sizes)
+        # Two of each: batches straddle the border of two windows or epochs.
+        self._epochs: OrderedDict[int, tuple[list[list[int]], list[int]]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], tuple[list[int], list[int]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, n: int) -> tuple[int, int]:
+        """The shard and the row in it of sample n, for any n >= 0."""
+        epoch, position = divmod(n, self._total)
+        windows, ends = self._epoch(epoch)
+        window, offset = _find(ends, position)
+        permutation, shard_ends = self._window(epoch, window, windows[window])
+        place, row = _find(shard_ends, permutation[offset])
+        return windows[window][place], row
+
+    def _epoch(self, epoch: int) -> tuple[list[list[int]], list[int]]:
+        """The epoch's windows, each a list of shards, and the position after each window's last sample."""
+        if epoch not in self._epochs:
+            order = torch.randperm(len(self.sizes), generator=generator(self.seed, "shards", epoch)).tolist()
+            step = self.shuffle_shards
+            windows = [order[start : start + step] for start in range(0, len(order), step)]
+            ends = list(accumulate(sum(self.sizes[shard] for shard in window) for window in windows))
+            _keep_two(self._epochs, epoch, (windows, ends))
+        return self._epochs[epoch]
+
+    def _window(self, epoch: int, window: int, shards: list[int]) -> tuple[list[int], list[int]]:
+        """A permutation of the window's samples and the position after each of its shards' last sample."""
+        if (epoch, window) not in self._windows:
+            ends = list(accumulate(self.sizes[shard] for shard in shards))
+            permutation = torch.randperm(ends[-1], generator=generator(self.seed, "window", epoch, window)).tolist()
+            _keep_two(self._windows, (epoch, window), (permutation, ends))
+        return self._windows[epoch, window]
+
+
+def _find(ends: Sequence[int], position: int) -> tuple[int, int]:
+    """Which of several consecutive ranges, given by their ends, holds a position, and how far into it."""
+    index = bisect_right(ends, position)
+    return index, position - (ends[index - 1] if index else 0)
+
+
+def _keep_two(cache: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    cache[key] = value
+    if len(cache) > 2:
+        cache.popitem(last=False)

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from datamodules.shards import (
+    MANIFEST,
+    IndexedShard,
+    Manifest,
+    Sample,
+    ShuffledOrder,
+    StoredOrder,
+    atomic_file,
+    decode_picture,
+    latent_members,
+    open_shards,
+    pixel_members,
+    write_shard,
+)
+from lightning_modules.errors import ConfigError, DataError
+from tests.pairs_data import picture, write_shards
+
+
+def read_all(shards):
+    return [shards.read(*StoredOrder(shards.sizes)[n]) for n in range(len(shards))]
+
+
+def captions(shards) -> list[str]:
+    return [sample.info()["caption"] for sample in read_all(shards)]
+
+
+# ---------------------------------------------------------------------------------- encode and decode
+
+
+def test_encoded_bytes_pass_through_untouched(tmp_path: Path) -> None:
+    jpeg, webp = picture(3, kind="JPEG") + b"trailing bytes a re-encoding would lose", picture(4, kind="WEBP")
+    write_shard(tmp_path / "00000.tar", [(12, pixel_members(jpeg, webp, {"caption": "é"}))])
+
+    sample = IndexedShard(tmp_path / "00000.tar").read("000000012")
+
+    assert sample.picture("chosen") == jpeg
+    assert sample.picture("rejected") == webp
+    assert sample.info() == {"caption": "é"}
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        assert tar.getnames() == ["000000012.chosen.jpg", "000000012.json", "000000012.rejected.webp"]
+
+
+def test_latents_and_embeddings_come_back_bit_for_bit(tmp_path: Path) -> None:
+    latents = {"chosen": torch.randn(4, 2, 2).half(), "rejected": torch.randn(4, 2, 2).half()}
+    embeds = {"embeds": torch.randn(3, 5)}
+    members = [
+        (0, latent_members(latents, embeds, {"caption": "a"})),
+        (1, latent_members(latents, None, {"caption": "a", "embeds_key": "000000000"})),
+    ]
+    shard = IndexedShard(write_shard_at(tmp_path, members))
+
+    assert shard.kind == "latents"
+    assert torch.equal(shard.read("000000001").tensors("latents")["chosen"], latents["chosen"])
+    assert torch.equal(shard.read("000000000").tensors("embeds")["embeds"], embeds["embeds"])
+
+
+def write_shard_at(folder: Path, members) -> Path:
+    write_shard(folder / "00000.tar", members)
+    return folder / "00000.tar"
+
+
+def test_the_same_samples_give_the_same_file(tmp_path: Path) -> None:
+    samples = [(n, pixel_members(picture(n), picture(n + 1), {"caption": str(n)})) for n in range(3)]
+    first, second = write_shard(tmp_path / "a.tar", samples), write_shard(tmp_path / "b.tar", samples)
+    assert (first.samples, first.bytes, first.digest) == (3, second.bytes, second.digest)
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def samples():
+        yield 0, pixel_members(picture(0), picture(1), {"caption": ""})
+        raise DataError("the source broke off")
+
+    with pytest.raises(DataError, match="broke off"):
+        write_shard(tmp_path / "00000.tar", samples())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot write .*gone"), atomic_file(tmp_path / "gone" / "x"):
+        pass
+
+
+def test_unknown_picture_bytes_are_refused() -> None:
+    with pytest.raises(DataError, match="chosen picture is neither JPEG, PNG nor WebP"):
+        pixel_members(b"GIF89a..", picture(0), {"caption": ""})
+
+
+def test_transparent_pixels_become_white() -> None:
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    decoded = decode_picture(out.getvalue())
+    assert decoded.mode == "RGB"
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_a_picture_too_large_is_refused_before_it_is_decoded() -> None:
+    out = io.BytesIO()
+    Image.new("1", (8200, 8200)).save(out, "PNG")
+    with pytest.raises(DataError, match="8200x8200 px is larger"):
+        decode_picture(out.getvalue())
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:20], lambda b: b"", lambda b: b"x" * 99])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_pictures_are_refused(damage, kind: str) -> None:
+    with pytest.raises(DataError, match="damaged picture"):
+        decode_picture(damage(picture(7, (64, 64), kind)))
+
+
+# ------------------------------------------------------------------------------------------- locating
+
+
+def test_manifest_survives_writing_and_reading(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data", [2, 1])
+    manifest = Manifest.read(folder / MANIFEST)
+    assert [shard.samples for shard in manifest.shards] == [2, 1]
+    manifest.write(tmp_path)
+    assert Manifest.read(tmp_path / MANIFEST) == manifest
+
+
+def test_every_way_to_name_shards_reads_the_same(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data", [2, 3, 1])
+    expected = [f"caption {n}" for n in range(6)]
+    names: list[str | list[str]] = [
+        str(folder),
+        str(folder / MANIFEST),
+        f"file://{folder}",
+        f"{folder}/{{00000..00002}}.tar",
+        [f"{folder}/00000.tar", f"{folder}/{{00001..00002}}.tar"],
+    ]
+    for name in names:
+        assert captions(open_shards(name)) == expected
+    assert captions(open_shards(f"{folder}/00001.tar")) == expected[2:5]
+
+
+def test_bare_tar_files_without_a_manifest_are_read(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data", [2, 3])
+    (folder / MANIFEST).unlink()
+    assert captions(open_shards(f"{folder}/{{00000..00001}}.tar")) == [f"caption {n}" for n in range(5)]
+
+
+def test_shards_from_pipes_and_urls_are_cached(tmp_path: Path) -> None:
+    folder, cache = write_shards(tmp_path / "data", [2, 3]), tmp_path / "cache"
+    name = f"pipe:cat {folder}/{{00000..00001}}.tar"
+    assert captions(open_shards(name, cache)) == [f"caption {n}" for n in range(5)]
+    for path in folder.iterdir():
+        path.unlink()
+    assert captions(open_shards(name, cache)) == [f"caption {n}" for n in range(5)]
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_remote_shards_need_a_cache_folder() -> None:
+    with pytest.raises(ConfigError, match="set cache_dir"):
+        open_shards("https://example.invalid/data/00000.tar")
+
+
+def test_a_failed_download_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot download pipe:false: .*check the address"):
+        open_shards("pipe:false", tmp_path)
+    assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+
+
+def test_the_open_shards_are_bounded_and_travel_to_another_process(tmp_path: Path) -> None:
+    shards = open_shards(str(write_shards(tmp_path / "data", [1, 1, 1])), max_open=2)
+    assert captions(shards) == ["caption 0", "caption 1", "caption 2"]
+    assert len(shards._open) == 2
+    assert captions(pickle.loads(pickle.dumps(shards))) == captions(shards)
+
+
+def test_the_fingerprint_knows_the_content_and_not_the_place(tmp_path: Path) -> None:
+    first = write_shards(tmp_path / "a", [2, 1])
+    second = write_shards(tmp_path / "b", [2, 1])
+    other = write_shards(tmp_path / "c", [2, 1], (8, 9))
+    a, b, c = (open_shards(str(folder)).fingerprint() for folder in (first, second, other))
+    assert a == b != c
+
+
+def test_kinds_do_not_mix(tmp_path: Path) -> None:
+    pixels = write_shards(tmp_path / "pixels", [1])
+    latents = write_shards(tmp_path / "latents", [1])
+    value = json.loads((latents / MANIFEST).read_text())
+    key = {"hash": "h", "resolution": 8, "crop": "centre", "dtype": "float16"}
+    (latents / MANIFEST).write_text(json.dumps({**value, "kind": "latents", "latents": key}))
+    with pytest.raises(DataError, match="do not go with"):
+        open_shards([str(pixels), str(latents)])
+
+
+# ---------------------------------------------------------------------------------------------- order
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=9),
+    seed=st.integers(0, 5),
+    window=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+)
+def test_every_epoch_is_a_permutation_of_all_samples(sizes: list[int], seed: int, window: int, epoch: int) -> None:
+    order, total = ShuffledOrder(sizes, seed, window), sum(sizes)
+    seen = [order[n] for n in range(epoch * total, (epoch + 1) * total)]
+    assert sorted(seen) == [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(positions=st.lists(st.integers(0, 200), min_size=1, max_size=40))
+def test_a_sample_does_not_depend_on_what_was_asked_before(positions: list[int]) -> None:
+    order = ShuffledOrder([3, 5, 2, 4, 1], 1, 2)
+    assert [order[n] for n in positions] == [ShuffledOrder([3, 5, 2, 4, 1], 1, 2)[n] for n in positions]
+
+
+def test_epochs_and_seeds_differ() -> None:
+    order, total = ShuffledOrder([20] * 5, 0, 2), 100
+    epochs = [[order[n] for n in range(e * total, (e + 1) * total)] for e in range(2)]
+    other = ShuffledOrder([20] * 5, 1, 2)
+    assert epochs[0] != epochs[1] != [other[n] for n in range(total)]
+
+
+def test_a_window_of_shards_is_finished_before_the_next_is_opened() -> None:
+    order = ShuffledOrder([10] * 8, 0, 2)
+    windows = [{order[n][0] for n in range(start, start + 20)} for start in range(0, 80, 20)]
+    assert all(len(window) == 2 for window in windows)
+    assert len(set.union(*windows)) == 8
+
+
+def test_shuffle_shards_must_be_positive() -> None:
+    with pytest.raises(ConfigError, match="shuffle_shards is 0"):
+        ShuffledOrder([1], 0, 0)
+
+
+def test_a_caption_is_required() -> None:
+    with pytest.raises(DataError, match='s.tar, sample 7: the json member needs a text field "caption"'):
+        Sample("s.tar", "7", {"json": b'{"text": 1}'}).info()
