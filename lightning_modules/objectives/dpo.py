@@ -53,11 +53,11 @@ class Hinge(PairLoss):
         return torch.relu(1 - beta * margin)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairQuery(DenoiserQuery):
     """Chosen rows first, then rejected; both halves share noise and timesteps."""
 
-    target: Float[Tensor, "n c h w"] | None = None
+    target: Float[Tensor, "n c h w"]
 
 
 @dataclass(frozen=True)

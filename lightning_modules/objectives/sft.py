@@ -15,11 +15,11 @@ from lightning_modules.randomness import randint, randn
 from lightning_modules.schedule import NoiseSchedule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SFTQuery(DenoiserQuery):
     """A query with what the network should answer."""
 
-    target: Float[Tensor, "n c h w"] | None = None
+    target: Float[Tensor, "n c h w"]
 
 
 @dataclass(frozen=True)
