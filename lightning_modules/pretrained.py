@@ -9,11 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from safetensors import SafetensorError
 
 from lightning_modules.errors import ConfigError
 
 T = TypeVar("T")
+
+# The number types' names in configurations, for whatever loads weights.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<subfolder>\w[\w./-]*))?")
 # One file of each group must be there: what every published component of that kind has.

@@ -19,11 +19,9 @@ from lightning_modules.batches import Conditioning, DenoiserQuery
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.adaptation import Adaptation
 from lightning_modules.policies.base import DiffusionPolicy
-from lightning_modules.pretrained import Pretrained
+from lightning_modules.pretrained import DTYPES, Pretrained
 from lightning_modules.randomness import randn
 from lightning_modules.schedule import NoiseSchedule
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StableDiffusion(DiffusionPolicy):

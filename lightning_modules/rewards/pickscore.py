@@ -11,11 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from lightning_modules.pretrained import Pretrained
+from lightning_modules.pretrained import DTYPES, Pretrained
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.rewards.clip import ClipPreprocessing, image_embeds, text_embeds, tokenize
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PickScore(RewardModel):
