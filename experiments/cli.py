@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
+from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint, newest_checkpoint
+from callbacks.pictures import SavePictures
 from experiments.compose import JOBS, CommandLine, packaged_configs
 from experiments.explain import explain
-from lightning_modules.errors import ConfigError
+from lightning_modules.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +81,8 @@ class ExperimentCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # What predict draws. The other jobs leave it alone, so that one YAML serves all.
+        parser.add_lightning_class_args(SavePictures, "pictures")
         parser.add_argument(
             "--run_dir", type=str | None, default=None, help="Folder of this run; default runs/<config>."
         )
@@ -104,6 +109,16 @@ class ExperimentCLI(LightningCLI):
         self.config.trainer.default_root_dir = str(self.run_dir)
         self.checkpoint = self._checkpoint(self.config.ckpt_path)
 
+    def instantiate_classes(self) -> None:
+        """Build everything; a UserError comes out as it was, not as the parser's account of what it tried."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            reason: BaseException | None = error
+            while reason is not None and not isinstance(reason, UserError):
+                reason = reason.__cause__ or reason.__context__
+            raise (reason or error) from None
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The configured trainer, with this framework's logger, checkpoints and plugins where none are named."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
@@ -120,15 +135,21 @@ class ExperimentCLI(LightningCLI):
                 config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         config["callbacks"] = callbacks
         try:
-            return self._instantiate_trainer(config, [])
+            return self._instantiate_trainer(config, [self._get(self.config_init, "pictures")])
         except MisconfigurationException as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
     def run_job(self) -> None:
+        """Run the job of the command line; test and predict are what the callbacks do, and read no data."""
         job = getattr(self.trainer, self.line.job)
         checkpoint = None if self.checkpoint is None else str(self.checkpoint)
         try:
-            job(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
+            if self.line.job in ("test", "predict"):
+                # One empty batch a rank: Lightning calls no hooks around a loop without any.
+                one_each = DataLoader(TensorDataset(torch.zeros(self.trainer.world_size)))
+                job(self.model, dataloaders=one_each, ckpt_path=checkpoint)
+            else:
+                job(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
         except MisconfigurationException as error:
             raise ConfigError(f"{self.line.job}: {' '.join(str(error).split())}") from error
 

@@ -1,0 +1,134 @@
+"""What every callback that makes pictures shares: an undisturbed policy, spread work, gathered results."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from jaxtyping import Float
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from datamodules.prompts import load_prompts
+from lightning_modules.alignment import AlignmentModule
+from lightning_modules.errors import ConfigError
+from lightning_modules.sampling import Denoise, Sampler, initial_noise
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture to make: its prompt, and the key of all its random draws."""
+
+    prompt: str
+    key: tuple[int | str, ...]
+
+
+def alignment(module: pl.LightningModule, who: str) -> AlignmentModule:
+    """The module, if it has a policy to draw with.
+
+    Raises:
+        ConfigError: it is another kind of module; ``who`` is the callback that the message names.
+    """
+    if not isinstance(module, AlignmentModule):
+        raise ConfigError(
+            f"{who} draws with the policy of an AlignmentModule, got a {type(module).__name__}; remove it"
+        )
+    return module
+
+
+def prompt_texts(prompts: Sequence[str] | str, number: int | None = None) -> list[str]:
+    """Prompts as given, or out of a file of any kind that ``load_prompts`` reads; the first ``number``.
+
+    A file is looked for from the working folder, then inside the installed ``experiments`` package
+    (``embedded/prompts/shapes_test.txt``).
+    """
+    if not isinstance(prompts, str):
+        return list(prompts)[:number]
+    path = Path(prompts)
+    # By name, not by import: callbacks may not depend on the experiments, only find their files.
+    spec = None if path.exists() else importlib.util.find_spec("experiments")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(root) / prompts).is_file():
+            path = Path(root) / prompts
+    return [prompt.text for prompt in load_prompts(path)][:number]
+
+
+@contextmanager
+def undisturbed(module: pl.LightningModule) -> Iterator[None]:
+    """Evaluate within training: no gradient, no dropout, and afterwards modes and global generators as before."""
+    modes = [(part, part.training) for part in module.modules()]
+    # Inference mode, which Lightning validates in, would poison tensors that a policy caches and later trains with.
+    with torch.inference_mode(False), torch.no_grad(), isolate_rng():
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
+
+
+def make_pictures(
+    trainer: pl.Trainer,
+    module: AlignmentModule,
+    sampler: Sampler,
+    denoise: Denoise,
+    shots: Sequence[Shot],
+    image_size: int | None = None,
+) -> Float[Tensor, "n 3 H W"]:
+    """One batch of pictures in [0, 1], in the run's precision. Call it within ``undisturbed``."""
+    noise, generators = initial_noise(module.policy, [shot.key for shot in shots], image_size)
+    with trainer.precision_plugin.forward_context():
+        return sampler.generate(module.policy, denoise, [shot.prompt for shot in shots], noise, generators)
+
+
+def my_share(trainer: pl.Trainer, items: Sequence[T], batch_size: int, title: str) -> Iterator[Sequence[T]]:
+    """This rank's items (every world-th) in batches, with a progress bar on rank 0."""
+    mine = items[trainer.global_rank :: trainer.world_size]
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with Tqdm(total=len(mine), desc=title, leave=False, disable=not shown) as bar:
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
+            yield batch
+            bar.update(len(batch))
+
+
+def gathered(trainer: pl.Trainer, mine: list[T]) -> list[T]:
+    """All ranks' results in the order of the items that ``my_share`` dealt, on every rank. Call it on every rank."""
+    if trainer.world_size == 1:
+        return mine
+    parts: list[list[T]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(parts, mine)
+    total = sum(len(part) for part in parts)
+    return [parts[i % trainer.world_size][i // trainer.world_size] for i in range(total)]
+
+
+def policy_step(trainer: pl.Trainer) -> int:
+    """Optimizer steps that the policy has seen; outside of fit that of the checkpoint under evaluation, or 0."""
+    if trainer.state.fn == TrainerFn.FITTING:
+        return trainer.global_step
+    if trainer.ckpt_path is None:
+        return 0
+    checkpoint: dict[str, Any] = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+    return int(checkpoint["global_step"])
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,155 @@
+"""The same prompts and noise drawn again and again while the policy learns."""
+
+from __future__ import annotations
+
+import io
+import logging
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from jaxtyping import Float
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from torch import Tensor
+
+from callbacks.generation import (
+    Shot,
+    alignment,
+    gathered,
+    make_pictures,
+    my_share,
+    policy_step,
+    prompt_texts,
+    undisturbed,
+    write_atomically,
+)
+from lightning_modules.sampling import Sampler
+
+log = logging.getLogger(__name__)
+
+CELL = 128  # pixels a side below which pictures are enlarged; smaller ones leave no room for a caption
+MARGIN = 6  # pixels between pictures
+LINE = 12  # pixels a caption line
+CAPTION_LINES = 4
+
+
+class SampleGrid(Callback):
+    """Draws a grid, one prompt a column, the policy above the reference, captions below.
+
+    At the start, every ``every_n_steps`` optimizer steps, at the end, and in ``test``. Pictures go to
+    ``samples/step=*.png`` in the run folder and to TensorBoard as ``samples``.
+
+    Args:
+        prompts: texts, or a prompt file.
+        sampler: how the pictures are made.
+        every_n_steps: optimizer steps between grids.
+        number: how many of the prompts to draw; the first ones.
+        batch_size: pictures at a time on one device.
+        image_size: side in pixels; None takes the policy's own.
+        seed: of the noise, which is keyed by prompt. Not the run's: then runs of different seeds can be compared.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str] | str,
+        sampler: Sampler = Sampler(),  # noqa: B008  # frozen
+        every_n_steps: int = 500,
+        number: int = 8,
+        batch_size: int = 8,
+        image_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.texts = prompt_texts(prompts, number)
+        self.sampler, self.every_n_steps = sampler, every_n_steps
+        self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
+        self._drawn_at: int | None = None
+        self._reference: list[np.ndarray] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self.draw(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # The counter stands still while gradients are accumulated.
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._drawn_at:
+            self.draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step != self._drawn_at:
+            self.draw(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        path = self.draw(trainer, pl_module)
+        if trainer.is_global_zero:
+            rows = "policy above, reference below" if self._reference else "policy"
+            Console().print(f"pictures ({rows}): {path}", soft_wrap=True)
+
+    def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path:
+        """Make, write and log one grid; all ranks must call it. Returns its path."""
+        module = alignment(pl_module, "SampleGrid")
+        step = policy_step(trainer)
+        self._drawn_at = trainer.global_step
+        with undisturbed(module):
+            rows = {"policy": self._row(trainer, pl_module, module.policy.predict_noise, "policy")}
+            if module.reference is not None:
+                if self._reference is None:  # it never changes
+                    self._reference = self._row(trainer, pl_module, module.reference.predict_noise, "reference")
+                rows["reference"] = self._reference
+        path = Path(trainer.default_root_dir) / "samples" / f"{'test_' if trainer.testing else ''}step={step:07d}.png"
+        if trainer.is_global_zero:
+            grid = grid_picture(rows, self.texts)
+            buffer = io.BytesIO()
+            grid.save(buffer, format="PNG")
+            write_atomically(path, buffer.getvalue())
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+            log.info("samples in %s", path)
+        return path
+
+    def _row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, denoise: Any, title: str) -> list[np.ndarray]:
+        module = alignment(pl_module, "SampleGrid")
+        shots = [Shot(text, (self.seed, "sample_grid", i)) for i, text in enumerate(self.texts)]
+        mine: list[np.ndarray] = []
+        for batch in my_share(trainer, shots, self.batch_size, f"samples ({title})"):
+            images = make_pictures(trainer, module, self.sampler, denoise, batch, self.image_size)
+            mine += list(to_uint8(images))
+        return gathered(trainer, mine)
+
+
+def to_uint8(images: Float[Tensor, "n 3 H W"]) -> np.ndarray:
+    """``[n H W 3]`` bytes from pictures in [0, 1]."""
+    scaled = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid_picture(rows: dict[str, list[np.ndarray]], captions: Sequence[str]) -> Image.Image:
+    """Rows of pictures ``[H W 3]`` with a caption under every column and the rows' names at the left."""
+    font = ImageFont.load_default(size=LINE - 2)
+    cell = max(CELL, max(picture.shape[0] for row in rows.values() for picture in row))
+    left = 2 * MARGIN + max(int(font.getlength(name)) for name in rows)
+    width = left + len(captions) * (cell + MARGIN)
+    height = MARGIN + len(rows) * (cell + MARGIN) + CAPTION_LINES * LINE + MARGIN
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, (name, row) in enumerate(rows.items()):
+        top = MARGIN + r * (cell + MARGIN)
+        draw.text((MARGIN, top + cell // 2), name, fill="black", font=font)
+        for c, picture in enumerate(row):
+            enlarged = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (left + c * (cell + MARGIN), top))
+    characters = int(cell / font.getlength("n"))
+    for c, caption in enumerate(captions):
+        lines = textwrap.wrap(caption, characters, max_lines=CAPTION_LINES, placeholder=" ...")
+        text = "\n".join(lines)
+        draw.multiline_text((left + c * (cell + MARGIN), height - CAPTION_LINES * LINE - MARGIN), text, "black", font)
+    return canvas
