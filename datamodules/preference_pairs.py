@@ -210,10 +210,20 @@ class RunSampler(DistributedSampler[Any]):
 
 
 class PairLoader(DataLoader[Any]):
-    """A DataLoader that raises a worker's ``DataError`` as it was, not wrapped in a worker's traceback."""
+    """A DataLoader that raises a worker's ``DataError`` as it was, not wrapped in a worker's traceback.
+
+    Lightning warns about loaders without a state when a run resumes within an epoch. This one needs none: its
+    sampler asks the data module where the run stands.
+    """
 
     def __iter__(self) -> Any:
         return _raising(super().__iter__())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 def _raising(batches: Iterator[Any]) -> Iterator[Any]:
@@ -361,6 +371,9 @@ class PreferencePairsDataModule(LightningDataModule):
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.train_set: PixelPairs | EncodedPairs | None = None
         self.val_set: PixelPairs | EncodedPairs | None = None
+        if val_shards is None:
+            # Lightning leaves validation out only where this hook is the inherited one.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
         # Where the current segment of the run began: batch number, samples seen, samples a batch over all ranks.
         self._origin = (0, 0, 0)
 
@@ -400,9 +413,10 @@ class PreferencePairsDataModule(LightningDataModule):
         sampler = RunSampler(total, self.batch_size, rank, world, self.samples_seen)
         return self._loader(self.train_set, sampler)
 
-    def val_dataloader(self) -> PairLoader | list[Any]:
+    def val_dataloader(self) -> PairLoader:
         if self.val_set is None:
-            return []
+            self.setup("validate")
+        assert self.val_set is not None
         return self._loader(self.val_set, None)
 
     def _loader(self, pairs: PixelPairs | EncodedPairs, sampler: RunSampler | None) -> PairLoader:

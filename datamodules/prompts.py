@@ -129,7 +129,7 @@ def _prompt(path: Path, place: str, item: Any, text_field: str, index_field: str
 
 
 def _kind(value: Any) -> str:
-    return {dict: "object", list: "list", str: "string", type(None): "null"}.get(type(value), type(value).__name__)
+    return {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
 
 
 _READERS: dict[str, Callable[[Path, str], list[Prompt]]] = {

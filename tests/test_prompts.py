@@ -45,7 +45,7 @@ def test_known_forms(tmp_path: Path, name: str, content: str, expected: list[Pro
         ("a.json", "[]", "holds no prompts"),
         ("a.csv", "a cat", "suffix '.csv' is not known"),
         ("a.json", '{"caption": "x"}', "holds a JSON object, not a list"),
-        ("a.json", '["x", 3]', "entry 2 has a int"),
+        ("a.json", '["x", 3]', "entry 2 has a number"),
         ("a.json", '[{"text": "x"}]', r"entry 1 has the fields \['text'\]"),
         ("a.json", '[{"caption": "x", "trainset_idx": "7"}]', "entry 1 has the fields"),
         ("a.json", '["x"', "the file is not valid JSON"),

@@ -27,7 +27,7 @@ from datamodules.shards import (
     write_shard,
 )
 from lightning_modules.errors import ConfigError, DataError
-from tests.pairs_data import picture, write_shards
+from pairs_data import picture, write_shards
 
 
 def read_all(shards):
