@@ -156,6 +156,12 @@ class AlignmentModule(LightningModule):
             self.log(f"{stage}/{name}", value, on_step=on_step, on_epoch=not on_step, prog_bar=shown, batch_size=1)
 
     def configure_optimizers(self) -> Any:
+        rounded = {p.dtype for p in self.policy.trainable_parameters()} - {torch.float32}
+        if rounded:
+            raise ConfigError(
+                f"trainable weights must be fp32, trainer.precision={self.trainer.precision} makes them "
+                f"{rounded.pop()}; use bf16-mixed or 16-mixed, and policy.frozen_dtype for the frozen ones"
+            )
         optimizer = self.make_optimizer(self.policy.trainable_parameters())
         scheduler = self.make_lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

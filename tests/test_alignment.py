@@ -207,6 +207,11 @@ def test_full_fine_tuning_cannot_switch_adapters_off(pipelines):
         module.setup("fit")
 
 
+def test_half_precision_of_trainable_weights_is_refused(tmp_path, pipelines):
+    with pytest.raises(ConfigError, match="trainable weights must be fp32, trainer.precision=bf16-true"):
+        fit(tmp_path, make(pipelines), loader(4), precision="bf16-true")
+
+
 def test_learning_rates_by_hand():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
 

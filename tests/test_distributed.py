@@ -1,0 +1,88 @@
+"""Two processes with half the batch each do what one process does with the whole."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from pairs_data import write_shards
+
+CONFIG = """
+seed_everything: 7
+trainer:
+  accelerator: cpu
+  strategy: {strategy}
+  devices: {devices}
+  max_steps: 3
+  limit_val_batches: 0
+  enable_progress_bar: false
+  callbacks:
+    - class_path: WinRate
+      init_args:
+        prompts: [one, two, three]
+        rewards: [{{class_path: PickScore, init_args: {{pretrained: {pipelines}/tiny-pickscore, processor: null}}}}]
+        sampler: {{class_path: Sampler, init_args: {{steps: 2}}}}
+    - class_path: SampleGrid
+      init_args: {{prompts: [one, two], every_n_steps: 3, sampler: {{class_path: Sampler, init_args: {{steps: 2}}}}}}
+    - class_path: ExportPolicy
+model:
+  class_path: AlignmentModule
+  init_args:
+    policy: {{class_path: StableDiffusion, init_args: {{pretrained: {pipelines}/tiny-sd15, adaptation: LoRA}}}}
+    objective: {{class_path: DPO, init_args: {{beta: 100.0}}}}
+    reference: AdapterOff
+    optimizer: {{class_path: torch.optim.SGD, init_args: {{lr: 1.0}}}}
+    caption_dropout: 0.3
+    seed: ${{seed_everything}}
+data:
+  class_path: PreferencePairsDataModule
+  init_args: {{shards: {shards}, batch_size: {batch_size}, resolution: 64, seed: 7}}
+"""
+
+
+def train(folder, name, pipelines, shards, devices, batch_size):
+    """Run the real command and return its checkpoint."""
+    strategy = "ddp" if devices > 1 else "auto"
+    settings = {"strategy": strategy, "devices": devices, "batch_size": batch_size}
+    config = folder / f"{name}.yaml"
+    config.write_text(CONFIG.format(pipelines=pipelines, shards=shards, **settings))
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.run", "--config", str(config), "--run_dir", str(folder / name)],
+        capture_output=True, text=True, timeout=240, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, pipelines):
+    folder = tmp_path_factory.mktemp("ddp")
+    shards = write_shards(folder / "shards", [7, 6])
+    return (
+        folder,
+        train(folder, "one", pipelines, shards, devices=1, batch_size=4),
+        train(folder, "two", pipelines, shards, devices=2, batch_size=2),
+    )
+
+
+def test_two_processes_learn_what_one_process_learns(checkpoints):
+    _, one, two = checkpoints
+    assert one["global_step"] == two["global_step"] == 3
+    changed = 0.0
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=1e-5)
+        changed = max(changed, value.abs().max().item() if "lora_B" in name else 0.0)
+    assert changed > 1e-4  # B starts at 0
+
+
+def test_two_processes_judge_and_draw_what_one_process_does(checkpoints):
+
+    folder, _, _ = checkpoints
+    one, two = (json.loads((folder / name / "win_rate.json").read_text()) for name in ("one", "two"))
+    assert [entry["comparisons"]["pickscore"]["n"] for entry in one] == [3]
+    assert two[-1]["policy"]["pickscore"]["mean"] == pytest.approx(one[-1]["policy"]["pickscore"]["mean"], abs=1e-3)
+    pictures = [sorted(path.name for path in (folder / name / "samples").iterdir()) for name in ("one", "two")]
+    assert pictures[0] == pictures[1] != []
