@@ -142,6 +142,21 @@ class NoiseSchedule:
         direction = (1 - a_prev - std**2).clamp(min=0).sqrt()
         return _spread(a_prev.sqrt()) * clean + _spread(direction) * noise, std
 
+    def require_random_steps(self, prev_timesteps: Int[Tensor, " n"]) -> None:
+        """Refuse the one step that is certain even with eta > 0: the last, where ``final_alpha_cumprod`` is 1.
+
+        Its standard deviation is 0, so that it has neither candidates to choose from nor a density. The official SPO
+        code never meets it, because it clamps the arrival to t = 0.
+
+        Raises:
+            ConfigError: such a step is among those that arrive at ``prev_timesteps``.
+        """
+        if self.final_alpha_cumprod >= 1 and bool((prev_timesteps < 0).any()):
+            raise ConfigError(
+                "SPO: the last DDIM step has sigma 0, since the scheduler's set_alpha_to_one is true; "
+                'write "set_alpha_to_one": false into the pipeline\'s scheduler_config.json'
+            )
+
     def step(
         self,
         output: Float[Tensor, "n c h w"],

@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 from lightning_modules.batches import Conditioning, DenoiserQuery, LatentPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.objectives.base import LossOutput, Objective
+from lightning_modules.objectives.metrics import accuracy, by_quarter
 from lightning_modules.randomness import randint, randn
 from lightning_modules.schedule import NoiseSchedule
 
@@ -122,32 +123,17 @@ class DPO(Objective):
         if self.label_smoothing:
             flipped = self.loss_type(-margin, self.beta)
             per_pair = (1 - self.label_smoothing) * per_pair + self.label_smoothing * flipped
+        accurate = accuracy(margin)
         metrics = {
             "margin": margin.mean(),
             "reward_margin": 0.5 * self.beta * margin.mean(),
-            "accuracy": _accuracy(margin).mean(),
+            "accuracy": accurate.mean(),
             "chosen_error": policy_chosen.mean(),
             "chosen_error_delta": chosen_delta.mean(),
             "rejected_error_delta": rejected_delta.mean(),
-        } | _by_quarter(margin, query.timesteps.chunk(2)[0], schedule.num_timesteps)
+        } | by_quarter({"margin": margin, "accuracy": accurate}, query.timesteps.chunk(2)[0], schedule.num_timesteps)
         return LossOutput(per_pair.mean(), {name: value.detach() for name, value in metrics.items()})
 
 
 def _errors(output: Float[Tensor, "n c h w"], target: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
     return (output - target).square().mean(dim=(1, 2, 3))
-
-
-def _accuracy(margin: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """1 where the policy sides with the label, 1/2 where it sides with neither (as at the very start)."""
-    return 0.5 * ((margin > 0).float() + (margin >= 0).float())
-
-
-def _by_quarter(margin: Float[Tensor, " b"], timesteps: Tensor, total: int) -> dict[str, Tensor]:
-    """Margin and accuracy by quarter of the timesteps; NaN, which the running means leave out, where there is none."""
-    metrics: dict[str, Tensor] = {}
-    for quarter in range(4):
-        low, high = quarter * total // 4, (quarter + 1) * total // 4
-        inside = margin[(timesteps >= low) & (timesteps < high)]
-        metrics[f"margin/t{low}-{high - 1}"] = inside.mean()
-        metrics[f"accuracy/t{low}-{high - 1}"] = _accuracy(inside).mean()
-    return metrics
