@@ -287,7 +287,7 @@ def latents_fingerprint(policy: DiffusionPolicy, resolution: int, crop: str, dty
         for parameter in module.parameters():
             data = parameter.detach().cpu().contiguous()
             digest.update(repr((tuple(data.shape), str(data.dtype))).encode())
-            digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
