@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def assemble(folder: Path, sources: list[Path]) -> None:
         trained.to(torch.float16).save_pretrained(folder / name)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
@@ -166,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         nargs="+",
         help="folders with trained networks to take instead of random ones, in fp16; the last that has one gives it",
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     if options.output.exists():
         raise ConfigError(f"{options.output} exists already: name a new folder, or delete it first")
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -136,12 +136,12 @@ def prepare(output: Path, pairs: int, seed: int) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
     parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     prepare(options.output, options.pairs, options.seed)
 
 
