@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
@@ -15,15 +13,14 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.learning_rates import ConstantWithWarmup
 from lightning_modules.objectives.base import LossOutput, Objective
 from lightning_modules.policies.base import DiffusionPolicy
-from lightning_modules.randomness import derive_seed, generator, rand
+from lightning_modules.randomness import rand
 from lightning_modules.references import Reference
-from lightning_modules.running_means import RunningMeans
-
+from lightning_modules.training import TrainingModule
 
 Batch = PreferencePairs | LatentPairs | StepPairs
 
 
-class AlignmentModule(LightningModule):
+class AlignmentModule(TrainingModule):
     """Trains ``policy`` with ``objective``; asks the networks, knows none of them.
 
     A step encodes what is not encoded yet, lets the objective say where to look (``query``), asks the reference
@@ -48,8 +45,6 @@ class AlignmentModule(LightningModule):
             weights are not exactly this policy's.
     """
 
-    strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint audits the keys
-
     def __init__(
         self,
         policy: DiffusionPolicy,
@@ -60,7 +55,7 @@ class AlignmentModule(LightningModule):
         caption_dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler, seed)
         if objective.needs_reference and reference is None:
             raise ConfigError(
                 f"{type(objective).__name__} compares with a reference and model.reference is not set; "
@@ -69,37 +64,21 @@ class AlignmentModule(LightningModule):
         if not 0 <= caption_dropout <= 1:
             raise ConfigError(f"model.caption_dropout is a probability, got {caption_dropout}")
         self.policy, self.objective, self.reference = policy, objective, reference
-        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
-        self.caption_dropout, self.seed = caption_dropout, seed
-        self._means = {"train": RunningMeans(), "val": RunningMeans()}
-        self._logged_step = -1
+        self.caption_dropout = caption_dropout
 
     def setup(self, stage: str) -> None:
         """Before any checkpoint is restored: the reference is the policy as it was before training."""
         if self.reference is not None:
             self.reference.attach(self.policy)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Network dropout is the one draw that comes from the global generator.
-        torch.manual_seed(derive_seed(self.seed, "dropout", int(batch.indices[0])))
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.compute_loss(batch, "train")
         self._means["train"].add({"loss": output.loss.detach()} | output.metrics, len(batch))
         return output.loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log once an optimiser step: means over its accumulated batches and all ranks."""
-        if self.trainer.global_step != self._logged_step:
-            self._logged_step = self.trainer.global_step
-            self._log_means("train", on_step=True)
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         output = self.compute_loss(batch, "val")
         self._means["val"].add({"loss": output.loss} | output.metrics, len(batch))
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_means("val", on_step=False)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing of its own: a test is what callbacks make of the policy (``WinRate``, ``SampleGrid``)."""
@@ -123,9 +102,6 @@ class AlignmentModule(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return self.objective.loss(pairs, query, policy_output, reference_output, schedule)
 
-    def _generators(self, batch: Batch, *purpose: str) -> list[torch.Generator]:
-        return [generator(self.seed, *purpose, index) for index in batch.indices.tolist()]
-
     def _encode_images(self, batch: Batch, purpose: str) -> LatentPairs | StepPairs:
         """Latents drawn from the VAE's posterior, as the official training does (cached shards hold its mean)."""
         if not isinstance(batch, PreferencePairs):
@@ -148,45 +124,3 @@ class AlignmentModule(LightningModule):
         both = Conditioning.cat([pairs.cond, self.policy.encode_prompts([""])])
         rows = torch.arange(len(pairs)).where(~dropped, len(pairs))
         return both[rows.to(both.embeds.device)]
-
-    def _log_means(self, stage: str, on_step: bool) -> None:
-        means = self._means[stage].compute(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        for name, value in means.items():
-            shown = name in ("loss", "accuracy")
-            self.log(f"{stage}/{name}", value, on_step=on_step, on_epoch=not on_step, prog_bar=shown, batch_size=1)
-
-    def configure_optimizers(self) -> Any:
-        rounded = {p.dtype for p in self.policy.trainable_parameters()} - {torch.float32}
-        if rounded:
-            raise ConfigError(
-                f"trainable weights must be fp32, trainer.precision={self.trainer.precision} makes them "
-                f"{rounded.pop()}; use bf16-mixed or 16-mixed, and policy.frozen_dtype for the frozen ones"
-            )
-        optimizer = self.make_optimizer(self.policy.trainable_parameters())
-        scheduler = self.make_lr_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def trainable_names(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trainable weights; everything frozen comes back from where it came from."""
-        wanted = self.trainable_names()
-        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in wanted}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own = {name: parameter.shape for name, parameter in self.named_parameters() if parameter.requires_grad}
-        found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        if own == found:
-            return
-        missing, extra = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-        reshaped = sorted(name for name in own.keys() & found.keys() if own[name] != found[name])
-        raise ConfigError(
-            "checkpoint: its trainable weights are not this policy's: "
-            f"{_few(missing)} missing, {_few(extra)} unknown, {_few(reshaped)} of another shape; "
-            "resume with the base model and adaptation that wrote it"
-        )
-
-
-def _few(names: Sequence[str]) -> str:
-    return f"{len(names)} ({names[0]}, ...)" if names else "0"

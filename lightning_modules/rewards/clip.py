@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessor
 
 from lightning_modules.pretrained import Pretrained
 
-CONTEXT_LENGTH = 77  # tokens CLIP was trained with, begin and end included
+CONTEXT_LENGTH = 77  # tokens CLIP was trained with, begin and end included; smaller models' tokenizers say less
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,15 @@ class ClipPreprocessing:
             std=tuple(processor.image_std),
         )
 
+    def as_processor(self) -> CLIPImageProcessor:
+        """The processor that ``load`` reads, to be saved beside a model."""
+        return CLIPImageProcessor(
+            size={"shortest_edge": self.size},
+            crop_size={"height": self.crop, "width": self.crop},
+            image_mean=list(self.mean),
+            image_std=list(self.std),
+        )
+
     def __call__(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 crop crop"]:
         """Pictures in [0, 1] to what the vision tower reads, fp32."""
         height, width = images.shape[-2:]
@@ -59,7 +68,11 @@ class ClipPreprocessing:
         for target in ((height, resized[1]), resized):
             images = F.interpolate(images.float(), target, mode="bicubic", align_corners=False, antialias=True)
             images = images.clamp(0, 1)
-        top, left = ((side - self.crop) // 2 for side in resized)
+        return self.crop_and_normalise(images)
+
+    def crop_and_normalise(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 crop crop"]:
+        """The middle of pictures in [0, 1] that are resized already, normalised."""
+        top, left = ((side - self.crop) // 2 for side in images.shape[-2:])
         images = images[..., top : top + self.crop, left : left + self.crop]
         mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std
@@ -67,7 +80,8 @@ class ClipPreprocessing:
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> tuple[Int[Tensor, "n l"], Int[Tensor, "n l"]]:
     """Token ids and attention mask, cut to CLIP's length."""
-    batch = tokenizer(list(prompts), padding=True, truncation=True, max_length=CONTEXT_LENGTH, return_tensors="pt")
+    length = min(CONTEXT_LENGTH, tokenizer.model_max_length)
+    batch = tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
     return batch.input_ids, batch.attention_mask
 
 

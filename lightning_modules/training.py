@@ -1,0 +1,94 @@
+"""What every module under training does alike: keyed draws, metrics once a step, checkpoints of what trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lightning_modules.errors import ConfigError
+from lightning_modules.randomness import derive_seed, generator
+from lightning_modules.running_means import RunningMeans
+from lightning_modules.weights import mismatch
+
+
+class TrainingModule(LightningModule):
+    """Trains those of its parameters that require gradients, and saves no others.
+
+    Batches have ``indices``, the positions of their samples in the run: all draws are keyed by them, so that neither
+    batch size, accumulation, ranks nor restarts change any. Metrics that a step adds to ``_means`` are logged once an
+    optimiser step (``train``) or once a validation (``val``), as means over batches and ranks.
+
+    Args:
+        optimizer: made over the parameters that require gradients.
+        lr_scheduler: stepped once an optimiser step.
+        seed: of all draws.
+
+    Raises:
+        ConfigError: on load, a checkpoint whose weights are not exactly those under training.
+    """
+
+    strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint audits the keys
+
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable, seed: int) -> None:
+        super().__init__()
+        self.make_optimizer, self.make_lr_scheduler, self.seed = optimizer, lr_scheduler, seed
+        self._means = {"train": RunningMeans(), "val": RunningMeans()}
+        self._logged_step = -1
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Network dropout is the one draw that comes from the global generator.
+        torch.manual_seed(derive_seed(self.seed, "dropout", int(batch.indices[0])))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log once an optimiser step: means over its accumulated batches and all ranks."""
+        if self.trainer.global_step != self._logged_step:
+            self._logged_step = self.trainer.global_step
+            self._log_means("train", on_step=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_means("val", on_step=False)
+
+    def _log_means(self, stage: str, on_step: bool) -> None:
+        means = self._means[stage].compute(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        for name, value in means.items():
+            shown = name in ("loss", "accuracy")
+            self.log(f"{stage}/{name}", value, on_step=on_step, on_epoch=not on_step, prog_bar=shown, batch_size=1)
+
+    def _generators(self, batch: Any, *purpose: str) -> list[torch.Generator]:
+        """One generator a sample of the batch, for draws of one purpose."""
+        return [generator(self.seed, *purpose, index) for index in batch.indices.tolist()]
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def configure_optimizers(self) -> Any:
+        trained = list(self._trained().values())
+        rounded = {parameter.dtype for parameter in trained} - {torch.float32}
+        if rounded:
+            raise ConfigError(
+                f"trainable weights must be fp32, trainer.precision={self.trainer.precision} makes them "
+                f"{rounded.pop()}; use bf16-mixed or 16-mixed, and policy.frozen_dtype for the frozen ones"
+            )
+        optimizer = self.make_optimizer(trained)
+        scheduler = self.make_lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def trainable_names(self) -> set[str]:
+        return set(self._trained())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trainable weights; everything frozen comes back from where it came from."""
+        wanted = self.trainable_names()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in wanted}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        difference = mismatch(self._trained(), checkpoint["state_dict"])
+        if difference is not None:
+            raise ConfigError(
+                f"checkpoint: its trainable weights are not this policy's: {difference}; "
+                "resume with the base model and adaptation that wrote it"
+            )

@@ -1,0 +1,20 @@
+"""Are these the weights that are wanted? One wording for everything that loads some."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+
+def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """What of two sets of named tensors differs in name or shape, for a message; None if nothing does."""
+    missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    reshaped = [name for name in wanted.keys() & found.keys() if wanted[name].shape != found[name].shape]
+    if not (missing or unknown or reshaped):
+        return None
+    return f"{_few(missing)} missing, {_few(unknown)} unknown, {_few(reshaped)} of another shape"
+
+
+def _few(names: Collection[str]) -> str:
+    return f"{len(names)} ({min(names)}, ...)" if names else "0"
