@@ -17,6 +17,8 @@ install_import_hook(
         "lightning_modules.randomness",
         "lightning_modules.sampling",
         "lightning_modules.references",
+        "lightning_modules.step_sampling",
+        "lightning_modules.step_scoring",
     ],
     "beartype.beartype",
 )

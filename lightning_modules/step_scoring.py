@@ -1,0 +1,121 @@
+"""Who judges the candidates of a denoising step: a step-aware model, any reward model, or chance."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lightning_modules.rewards.base import RewardModel, StepRewardModel
+
+
+class StepCandidates:
+    """k ways to have gone on for each of b prompts: n = k b rows, candidate-major (row i b + j is prompt j's i-th).
+
+    What costs a network is computed when a scorer first asks for it, and once.
+
+    Attributes:
+        latents: the x_{t-1} in question.
+        timesteps: t - 1 in the sampler's sense: the timestep they stand at; 0 where they are finished.
+        prompts: length n.
+        clean: their x0-predictions under the policy; finished latents are their own.
+        images: ``clean`` decoded, in [0, 1].
+        chance: standard normal numbers from a stream that is not the candidates' own.
+    """
+
+    def __init__(
+        self,
+        latents: Float[Tensor, "n c h w"],
+        timesteps: Int[Tensor, " n"],
+        prompts: tuple[str, ...],
+        chance: Float[Tensor, "k b"],
+        predict_clean: Callable[[], Float[Tensor, "n c h w"]],
+        decode: Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n 3 H W"]],
+    ) -> None:
+        self.latents, self.timesteps, self.prompts, self.chance = latents, timesteps, prompts, chance
+        self._predict_clean, self._decode = predict_clean, decode
+
+    @cached_property
+    def clean(self) -> Float[Tensor, "n c h w"]:
+        return self._predict_clean()
+
+    @cached_property
+    def images(self) -> Float[Tensor, "n 3 H W"]:
+        return self._decode(self.clean)
+
+
+class StepScorer(nn.Module, ABC):
+    """Scores the candidates of a step; higher is better. Only differences between one prompt's candidates matter."""
+
+    @abstractmethod
+    def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
+        """One score a row, fp32."""
+
+
+class StepAwareScorer(StepScorer):
+    """SPO's own (arXiv 2406.04314, section 3.2): a model that knows how finished a picture can be at each timestep.
+
+    Args:
+        model: judges decoded x0-predictions at their timestep.
+    """
+
+    def __init__(self, model: StepRewardModel) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+
+    def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
+        return self.model.score(candidates.images, candidates.prompts, candidates.timesteps)
+
+
+class RewardScorer(StepScorer):
+    """Any reward model on the decoded x0-prediction, as if it were a finished picture.
+
+    Args:
+        reward: judges pictures.
+        scale: multiplies its scores. The sampler's threshold is on a softmax, so it has to fit the reward's units.
+    """
+
+    def __init__(self, reward: RewardModel, scale: float = 1.0) -> None:
+        super().__init__()
+        self.reward, self.scale = reward.requires_grad_(False).eval(), scale
+
+    def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
+        return self.scale * self.reward.score(candidates.images, candidates.prompts)
+
+
+class RandomScorer(StepScorer):
+    """The control: standard normal scores that know nothing of the pictures, and cost neither network nor decode.
+
+    The candidates are those that a real scorer would have seen with the same seed.
+
+    Args:
+        scale: standard deviation of the scores.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
+        return self.scale * candidates.chance.flatten()
+
+
+class ShuffledScorer(StepScorer):
+    """The stricter control: a real scorer's scores, dealt at random among each prompt's candidates.
+
+    Valid fraction, score gaps and timesteps are the real scorer's; what is lost is which candidate they belong to.
+
+    Args:
+        scorer: whose scores are dealt.
+    """
+
+    def __init__(self, scorer: StepScorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
+        scores = self.scorer.score(candidates).reshape(candidates.chance.shape)
+        return scores.gather(0, candidates.chance.argsort(dim=0)).flatten()
