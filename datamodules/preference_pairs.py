@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ class PixelPairs(Dataset[PreferencePairs]):
 
     def __getitem__(self, n: int) -> PreferencePairs:
         sample = self.shards.read(*self.order[n])
+        info = sample.info()
         source = None if self.seed is None else generator(self.seed, "augmentation", n)
         chosen, rejected, chosen_ids, rejected_ids = self.transform(
             _picture(sample, "chosen"), _picture(sample, "rejected"), source
@@ -117,11 +119,21 @@ class PixelPairs(Dataset[PreferencePairs]):
         return PreferencePairs(
             chosen[None],
             rejected[None],
-            (sample.info()["caption"],),
+            (info["caption"],),
             chosen_ids[None],
             rejected_ids[None],
             torch.tensor([n]),
+            torch.tensor([_number(sample, info, "label", 0.5, 1.0)]),
+            1 / torch.tensor([_number(sample, info, "num_example_per_prompt", 1.0, math.inf)]),
         )
+
+
+def _number(sample: Sample, info: dict[str, Any], name: str, low: float, high: float) -> float:
+    """A field of a pair's information; 1 where the data set has none."""
+    value = info.get(name, 1.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise DataError(f"{sample.name}: {name} must lie in [{low}, {high}], got {value!r}; prepare the shards again")
+    return float(value)
 
 
 def _picture(sample: Sample, role: str) -> Image.Image:
@@ -175,7 +187,8 @@ def collate(pairs: Sequence[Any]) -> Any:
     chosen, rejected, indices = stacked("chosen"), stacked("rejected"), stacked("indices")
     chosen_ids, rejected_ids = stacked("chosen_time_ids"), stacked("rejected_time_ids")
     if isinstance(first, PreferencePairs):
-        return PreferencePairs(chosen, rejected, prompts, chosen_ids, rejected_ids, indices)
+        labels, weights = stacked("labels"), stacked("weights")
+        return PreferencePairs(chosen, rejected, prompts, chosen_ids, rejected_ids, indices, labels, weights)
     cond = Conditioning.cat([pair.cond for pair in pairs])
     return LatentPairs(chosen, rejected, prompts, chosen_ids, rejected_ids, indices, cond)
 
@@ -342,6 +355,8 @@ class PreferencePairsDataModule(LightningDataModule):
         shuffle_shards: how many shards are shuffled together; more mixes better and opens more files.
         cache_dir: where remote shards are kept; needed for URLs, with room for all of them.
         val_shards: pairs to validate on, as ``shards``: in stored order, centre crop, no flip.
+        ties: whether shards may hold ties; True for a module that reads the pairs' ``labels``, as the preference
+            model's does. Pixels only.
 
     Raises:
         DataError: shards missing or damaged, too few pairs for one global batch, pairs that are ties, latents of
@@ -360,6 +375,7 @@ class PreferencePairsDataModule(LightningDataModule):
         shuffle_shards: int = 8,
         cache_dir: str | None = None,
         val_shards: str | list[str] | None = None,
+        ties: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1 or resolution < 1:
@@ -367,7 +383,7 @@ class PreferencePairsDataModule(LightningDataModule):
         self.shards, self.val_shards = shards, val_shards
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.transform = PairTransform(resolution, random_crop, horizontal_flip)
-        self.shuffle_shards = shuffle_shards
+        self.shuffle_shards, self.ties = shuffle_shards, ties
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.train_set: PixelPairs | EncodedPairs | None = None
         self.val_set: PixelPairs | EncodedPairs | None = None
@@ -386,7 +402,7 @@ class PreferencePairsDataModule(LightningDataModule):
     def _open(self, names: str | list[str], shuffled: bool) -> PixelPairs | EncodedPairs:
         # A batch straddles two windows at most; a process that opened fewer would reopen shards in turn.
         shards = open_shards(names, self.cache_dir, max_open=2 * self.shuffle_shards)
-        if shards.has_ties:
+        if shards.has_ties and not (self.ties and shards.latents is None):
             raise DataError(f"{names} holds ties, which have no chosen picture; prepare it again without --keep-ties")
         if len(shards) == 0:
             raise DataError(f"{names} holds zero usable pairs; see the counts in its manifest.json")

@@ -169,10 +169,15 @@ def latent_members(
     Prompt embeddings are larger than latents and captions repeat, so a shard stores each caption's once: where
     ``embeds`` is None, ``info["embeds_key"]`` names the sample of the same shard that has them.
     """
-    members = {"json": _dump(info), "latents.safetensors": save_tensors(dict(latents))}
+    members = {"json": _dump(info), "latents.safetensors": _packed(latents)}
     if embeds is not None:
-        members["embeds.safetensors"] = save_tensors(dict(embeds))
+        members["embeds.safetensors"] = _packed(embeds)
     return members
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> bytes:
+    # safetensors takes no rows of a batch as they are: they share memory and may be strided.
+    return save_tensors({name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()})
 
 
 def _dump(info: Mapping[str, Any]) -> bytes:

@@ -410,7 +410,7 @@ def load_policy(config: str) -> DiffusionPolicy:
         raise ConfigError(f"config {path} describes no policy (looked at {' and '.join(places)})")
     parser = OneLineParser(add_help=False)
     parser.add_subclass_arguments(DiffusionPolicy, "policy")
-    policy: DiffusionPolicy = parser.instantiate_classes(parser.parse_object({"policy": found[0]})).policy
+    policy: DiffusionPolicy = parser.instantiate(parser.parse_object({"policy": found[0]})).policy
     return policy.eval().to(device_of_this_process())
 
 
@@ -457,8 +457,8 @@ def encoded(
                 "rejected_time_ids": squares[i][3].tolist(),
                 "embeds_key": f"{owner:09d}",
             }
-            own = {name: rows[i].clone() for name, rows in embeds.items()} if owner == pair.number else None
-            sides = {"chosen": latents[i].clone(), "rejected": latents[len(batch) + i].clone()}
+            own = {name: rows[i] for name, rows in embeds.items()} if owner == pair.number else None
+            sides = {"chosen": latents[i], "rejected": latents[len(batch) + i]}
             yield pair.number, latent_members(sides, own, info)
             count += 1
 
@@ -538,8 +538,9 @@ def run_units(
 def _in_parallel(
     todo: Sequence[Unit], settings: Settings, folder: Path, config: str | None, workers: int
 ) -> Iterator[tuple[Unit, UnitResult]]:
-    # Started afresh, not forked: threads of torch and pyarrow don't survive a fork.
-    context = multiprocessing.get_context("spawn")
+    # Not forked from here: threads of torch and pyarrow don't survive it. The server imports once for all workers.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.prepare_pickapic"])
     pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=context)
     try:
         jobs: dict[Future[UnitResult], Unit] = {

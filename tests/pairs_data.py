@@ -60,7 +60,12 @@ def write_shards(folder: Path, sizes: list[int], picture_size: tuple[int, int] =
     infos, n = [], 0
     for number, size in enumerate(sizes):
         samples = [
-            (k, pixel_members(picture(k % 128, picture_size), picture(k % 128 + 128, picture_size), {"caption": f"caption {k}"}))
+            (
+                k,
+                pixel_members(
+                    picture(k % 128, picture_size), picture(k % 128 + 128, picture_size), {"caption": f"caption {k}"}
+                ),
+            )
             for k in range(n, n + size)
         ]
         infos.append(write_shard(folder / f"{number:05d}.tar", samples))

@@ -57,7 +57,9 @@ def trainer(root: Path, steps: int, **changes) -> L.Trainer:
     )  # fmt: skip
 
 
-def run(data: PreferencePairsDataModule, root: Path, steps: int, ckpt: Path | None = None) -> tuple[Recorder, L.Trainer]:
+def run(
+    data: PreferencePairsDataModule, root: Path, steps: int, ckpt: Path | None = None
+) -> tuple[Recorder, L.Trainer]:
     recorder, training = Recorder(), trainer(root, steps)
     training.fit(recorder, data, ckpt_path=ckpt)
     return recorder, training

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs_data import picture, write_shards
 from PIL import Image
 
 from datamodules.shards import (
@@ -27,7 +28,6 @@ from datamodules.shards import (
     write_shard,
 )
 from lightning_modules.errors import ConfigError, DataError
-from pairs_data import picture, write_shards
 
 
 def read_all(shards):
