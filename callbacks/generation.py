@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from callbacks.clock import EVALUATION
 from datamodules.prompts import load_prompts
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import ConfigError
@@ -41,9 +42,8 @@ def alignment(module: pl.LightningModule, who: str) -> AlignmentModule:
         ConfigError: it is another kind of module; ``who`` is the callback that the message names.
     """
     if not isinstance(module, AlignmentModule):
-        raise ConfigError(
-            f"{who} draws with the policy of an AlignmentModule, got a {type(module).__name__}; remove it"
-        )
+        kind = type(module).__name__
+        raise ConfigError(f"{who} draws with an AlignmentModule's policy and the model is a {kind}; remove it")
     return module
 
 
@@ -69,7 +69,7 @@ def undisturbed(module: pl.LightningModule) -> Iterator[None]:
     """Evaluate within training: no gradient, no dropout, and afterwards modes and global generators as before."""
     modes = [(part, part.training) for part in module.modules()]
     # Inference mode, which Lightning validates in, would poison tensors that a policy caches and later trains with.
-    with torch.inference_mode(False), torch.no_grad(), isolate_rng():
+    with EVALUATION.running(), torch.inference_mode(False), torch.no_grad(), isolate_rng():
         module.eval()
         try:
             yield

@@ -75,6 +75,7 @@ class SampleGrid(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0:
             self.draw(trainer, pl_module)
+        self._drawn_at = trainer.global_step  # where a resumed run stands was drawn before
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

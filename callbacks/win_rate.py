@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
@@ -132,10 +133,14 @@ class WinRate(Callback):
         self.image_size, self.seed = image_size, seed
         self._judged_at: int | None = None
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._judged_at = trainer.global_step  # where a resumed run stands was judged before; step 0 is all ties
+
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and (self.every_n_steps is None or not trainer.training):
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if not trainer.sanity_checking and not (fitting and self.every_n_steps is not None):
             # Within the loop, so that checkpoints and early stopping can monitor the numbers.
-            pl_module.log_dict(self.judge(trainer, pl_module, "val"), logger=False, batch_size=1, rank_zero_only=False)
+            pl_module.log_dict(self.judge(trainer, pl_module, "val"), logger=False, batch_size=1, sync_dist=True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -151,7 +156,7 @@ class WinRate(Callback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.test_texts is None:
             raise ConfigError("WinRate.test_prompts is not set; give the prompts that nothing was tuned on")
-        pl_module.log_dict(self.judge(trainer, pl_module, "test"), logger=False, batch_size=1, rank_zero_only=False)
+        pl_module.log_dict(self.judge(trainer, pl_module, "test"), logger=False, batch_size=1, sync_dist=True)
 
     def judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> dict[str, float]:
         """Draw, score, compare, write and log. All ranks must call it; returns the metrics, equal on all."""
@@ -166,13 +171,26 @@ class WinRate(Callback):
             reference = self._reference_scores(trainer, module, shots)
         self._judged_at = trainer.global_step
         step = policy_step(trainer)
-        report = Report.of(split, step, policy, reference)
+        report = Report.of(split, step, policy, reference, self.protocol(module, split))
         if trainer.is_global_zero:
             report.append_to(Path(trainer.default_root_dir) / "win_rate.json")
             Console().print(report.table())
             for logger in trainer.loggers:
                 logger.log_metrics(report.metrics(), step)
         return report.metrics()
+
+    def protocol(self, module: AlignmentModule, split: str) -> dict[str, Any]:
+        """Everything that two runs must have in common for their scores to be comparable."""
+        texts = self.test_texts if split == "test" and self.test_texts is not None else self.texts
+        return {
+            "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],
+            "number_of_prompts": len(texts),
+            "images_per_prompt": self.images_per_prompt,
+            "image_size": self.image_size or module.policy.image_size,
+            "seed": self.seed,
+            "sampler": asdict(self.sampler),
+            "rewards": [reward.name for reward in self.rewards],
+        }
 
     def _score(
         self, trainer: pl.Trainer, module: AlignmentModule, denoise: Denoise, shots: Sequence[Shot], title: str
@@ -242,6 +260,7 @@ class Report:
         step: optimizer steps that the policy has seen.
         policy, reference: means of every column; the reference's is empty if there is none.
         comparisons: of every column, parts included.
+        protocol: how it was judged, ``WinRate.protocol``.
     """
 
     split: str
@@ -249,9 +268,16 @@ class Report:
     policy: Mapping[str, Mean]
     reference: Mapping[str, Mean]
     comparisons: Mapping[str, WinCount]
+    protocol: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(split: str, step: int, policy: Scores, reference: Scores | None) -> Report:
+    def of(
+        split: str,
+        step: int,
+        policy: Scores,
+        reference: Scores | None,
+        protocol: Mapping[str, Any] | None = None,
+    ) -> Report:
         against = reference or {}
         return Report(
             split,
@@ -259,6 +285,7 @@ class Report:
             {name: Mean.of(values) for name, values in policy.items()},
             {name: Mean.of(values) for name, values in against.items()},
             {name: WinCount.of(policy[name], values) for name, values in against.items()},
+            protocol or {},
         )
 
     def metrics(self) -> dict[str, float]:
@@ -281,9 +308,10 @@ class Report:
         write_atomically(path, json.dumps([*history, asdict(self)], indent=1).encode())
 
     def table(self) -> Table:
-        """The report for people; "reference" is the base model before alignment."""
-        table = Table(title=f"{self.split}, step {self.step}: mean (standard error)")
-        columns = ["reference", "policy", "win rate", "95% interval", "n"] if self.comparisons else ["policy"]
+        """The report for people, at most 80 characters wide; parts stand indented under their reward."""
+        caption = "mean ± standard error; reference: the model before alignment" if self.comparisons else None
+        table = Table(title=f"{self.split} prompts, step {self.step}", caption=caption)
+        columns = ["reference", "policy", "win rate [95%]", "n"] if self.comparisons else ["policy"]
         table.add_column("reward", no_wrap=True)
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
@@ -291,15 +319,15 @@ class Report:
             cells = [_shown(mean)]
             if name in self.comparisons:
                 count = self.comparisons[name]
-                rate = f"{100 * count.rate:.1f}%"
-                interval = f"{100 * count.low:.1f} to {100 * count.high:.1f}%"
-                cells = [_shown(self.reference[name]), *cells, rate, interval, str(count.n)]
-            table.add_row(name, *cells)
+                rate = f"{100 * count.rate:.1f}% [{100 * count.low:.1f}, {100 * count.high:.1f}]"
+                cells = [_shown(self.reference[name]), *cells, rate, str(count.n)]
+            reward, _, part = name.partition("/")
+            table.add_row(f"  {part}" if part else reward, *cells)
         return table
 
 
 def _shown(mean: Mean) -> str:
-    return f"{mean.mean:.4f} ({mean.standard_error:.4f})"
+    return f"{mean.mean:.3f} ±{mean.standard_error:.3f}"
 
 
 def _read(path: Path) -> Any:

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
-from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint, newest_checkpoint
 from callbacks.pictures import SavePictures
@@ -31,7 +29,7 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: the outermost one adds where, and tells
             super().error(message, ex)
-        options = [action.dest for action in self._actions if action.dest != "help"]
+        options = [action.dest for action in self._actions if not action.dest.endswith("help")]
         raise ConfigError(explain(str(message), options)) from ex
 
 
@@ -145,11 +143,10 @@ class ExperimentCLI(LightningCLI):
         checkpoint = None if self.checkpoint is None else str(self.checkpoint)
         try:
             if self.line.job in ("test", "predict"):
-                # One empty batch a rank: Lightning calls no hooks around a loop without any.
-                one_each = DataLoader(TensorDataset(torch.zeros(self.trainer.world_size)))
-                job(self.model, dataloaders=one_each, ckpt_path=checkpoint)
+                # One batch of nothing on every rank: Lightning calls no hooks around a loop without any.
+                job(self.model, dataloaders=range(1), ckpt_path=checkpoint, weights_only=True)
             else:
-                job(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
+                job(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
         except MisconfigurationException as error:
             raise ConfigError(f"{self.line.job}: {' '.join(str(error).split())}") from error
 

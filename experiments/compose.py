@@ -180,7 +180,7 @@ def switch_class(tree: dict[str, Any], key: str, value: str) -> None:
 
 def class_named_by(value: str) -> str | None:
     """``DPO``, ``package.DPO`` or ``{class_path: DPO, ...}`` as typed on a command line, else None."""
-    if re.fullmatch(r"[A-Za-z_][\w.]*", value):
+    if re.fullmatch(r"(\w+\.)*_?[A-Z]\w*", value) and value not in ("None", "True", "False"):
         return value
     if value.lstrip().startswith("{"):
         match = re.search(r"""["']?class_path["']?\s*:\s*["']?([\w.]+)""", value)

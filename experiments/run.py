@@ -11,6 +11,7 @@ checkpoints/, samples/, export/, win_rate.json. A new run never starts in a fold
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,9 +54,18 @@ def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
 
 def entry_point() -> None:
     """What the shell calls: a mistake of the user is one line and status 2, a bug of ours a traceback."""
-    # Third-party noise that nobody at a terminal can act on; everything else is shown.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # What is so on purpose: frozen networks stay in eval mode, a run may judge pictures without validation pairs,
+    # and the data module resumes by the run's counters, not by a loader's state.
+    for on_purpose in (
+        r"Found \d+ module\(s\) in eval mode",
+        "You defined a `validation_step` but have no `val_dataloader`",
+        ".*your dataloader is not resumable",
+        ".*does not have many workers",
+        # Lightning's own affair with a newer torch:
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=on_purpose)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     try:
         main()
     except UserError as error:

@@ -1,0 +1,391 @@
+"""The command line: composing YAMLs, overrides, class switches, run folders, one-line errors, jobs, resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from abc import ABC
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch.utils.data import DataLoader
+
+from datamodules.shapes import prompt_splits
+from experiments import prepare_pickapic, prepare_shapes, run
+from experiments.compose import (
+    CommandLine,
+    find_config,
+    known_classes,
+    load,
+    merge,
+    packaged_configs,
+    same_class,
+    settings,
+    switch_class,
+)
+from lightning_modules.errors import ConfigError, UserError
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning")
+
+
+# A world without networks
+
+
+class Loss(ABC):  # noqa: B024  # a kind of strategy, with nothing to do here
+    """What ``ToyModule`` is trained for."""
+
+
+@dataclass(frozen=True)
+class Strict(Loss):
+    beta: float = 5000.0
+
+
+@dataclass(frozen=True)
+class Lenient(Loss):
+    beta: float = 10.0
+    clip: float = 0.1
+
+
+class ToyModule(LightningModule):
+    def __init__(
+        self, objective: Loss, optimizer: OptimizerCallable = torch.optim.AdamW, seed: int = 0, width: int = 2
+    ) -> None:
+        super().__init__()
+        self.objective, self.make_optimizer, self.seed = objective, optimizer, seed
+        self.net = torch.nn.Linear(width, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def test_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.parameters())
+
+
+class ToyData(LightningDataModule):
+    def __init__(self, batch_size: int = 2, seed: int = 0) -> None:
+        super().__init__()
+        self.batch_size, self.seed = batch_size, seed
+
+    def train_dataloader(self):
+        return DataLoader(torch.ones(64, 2), self.batch_size)
+
+
+TOY = """
+seed_everything: 7
+trainer: {accelerator: cpu, max_steps: 2, enable_progress_bar: false, enable_model_summary: false}
+model:
+  class_path: ToyModule
+  init_args:
+    seed: ${seed_everything}
+    objective: {class_path: Lenient, init_args: {beta: 11.0}}
+    optimizer: {class_path: AdamW, init_args: {lr: 1e-4}}
+data:
+  class_path: ToyData
+  init_args: {seed: "${seed_everything}"}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder with toy.yaml in it; what a run does to the environment is undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls the parser by an older name
+    (tmp_path / "toy.yaml").write_text(TOY)
+    return tmp_path
+
+
+def start(*words):
+    return run.main([*words, "--config", "toy.yaml"])
+
+
+# Composition
+
+
+def test_the_job_is_the_first_word_or_fit():
+    line = CommandLine.split(["test", "--config", "a", "--x=1", "-c", "b.yaml", "--config=c"])
+    assert (line.job, line.configs, line.overrides) == ("test", ("a", "b.yaml", "c"), ("--x=1",))
+    assert line.run_name == "a+b+c"
+    assert CommandLine.split(["--config", "a"]).job == "fit"
+
+
+def test_packaged_configs_are_found_with_and_without_their_ending(folder):
+    assert {"dpo_sd15.yaml", "dpo_sdxl.yaml", "sft_sd15.yaml", "dpo_tiny.yaml"} <= set(packaged_configs())
+    assert find_config("dpo_tiny") == find_config("dpo_tiny.yaml")
+    assert find_config("toy.yaml") == Path("toy.yaml")
+
+
+def test_later_files_win_key_by_key():
+    below = {"trainer": {"max_steps": 1, "callbacks": ["A"]}, "seed": 1}
+    assert merge(below, {"trainer": {"max_steps": 2}}) == {"trainer": {"max_steps": 2, "callbacks": ["A"]}, "seed": 1}
+    assert merge(below, {"trainer": {"callbacks": ["B"]}})["trainer"]["callbacks"] == ["B"]
+    assert merge(below, {"trainer": {"callbacks+": "B"}})["trainer"]["callbacks"] == ["A", "B"]
+    assert below["trainer"]["callbacks"] == ["A"]
+
+
+SPO = {"class_path": "SPO", "init_args": {"beta": 10.0, "eps": 0.1}}
+
+
+@pytest.mark.parametrize("above", [{"class_path": "DPO"}, "DPO", {"class_path": "objectives.DPO"}])
+def test_another_class_in_a_later_file_takes_nothing_of_the_former(above):
+    merged = merge({"objective": SPO}, {"objective": above})["objective"]
+    assert same_class(merged["class_path"], "DPO")
+    assert "init_args" not in merged
+
+
+@pytest.mark.parametrize("above", [{"class_path": "a.SPO", "init_args": {"eps": 0.2}}, {"init_args": {"eps": 0.2}}])
+def test_the_same_class_in_a_later_file_keeps_its_arguments(above):
+    assert merge({"objective": SPO}, {"objective": above})["objective"]["init_args"] == {"beta": 10.0, "eps": 0.2}
+
+
+def test_a_class_switched_on_the_command_line_takes_nothing_of_the_former():
+    for key, value in settings(["--model.objective=DPO", "--model.objective", "DPO"]):
+        tree = {"model": {"class_path": "M", "init_args": {"objective": dict(SPO), "width": 3}}}
+        switch_class(tree, key, value)
+        assert tree == {"model": {"class_path": "M", "init_args": {"objective": {"class_path": "DPO"}, "width": 3}}}
+    for value in ("SPO", "objectives.SPO", "5", "null"):
+        tree = {"model": {"class_path": "M", "init_args": {"objective": dict(SPO)}}}
+        switch_class(tree, "model.objective.init_args.beta" if value == "5" else "model.objective", value)
+        assert tree["model"]["init_args"]["objective"]["init_args"] == SPO["init_args"] or value == "null"
+
+
+def test_every_class_of_the_framework_is_known_without_importing_it():
+    known = known_classes()
+    assert known["DPO"] == "lightning_modules.objectives.dpo"
+    assert known["WinRate"] == "callbacks.win_rate"
+    assert known["PreferencePairsDataModule"] == "datamodules.preference_pairs"
+
+
+@pytest.mark.parametrize("name", ["dpo_tiny", "dpo_sd15", "dpo_sdxl", "sft_sd15"])
+def test_packaged_configs_parse_and_say_what_they_cost(name, folder, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run.main(["--config", name, "--print_config"])
+    assert exit_.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["seed"] == printed["data"]["init_args"]["seed"] == 42
+    head = find_config(name).read_text().split("seed_everything")[0]
+    assert f"python -m experiments.run --config {name}" in head
+    assert all(word in head for word in ("Hardware:", "Cost:", "Expected:"))
+
+
+# Overrides
+
+
+def test_every_field_can_be_overridden(folder):
+    cli = start(
+        "--model.objective.beta=2000", "--data.batch_size=4", "--trainer.max_steps=1", "--seed_everything=3",
+        "--model.optimizer.lr", "0.5", "--trainer.callbacks+=LearningRateMonitor",
+    )  # fmt: skip
+    assert cli.model.objective == Lenient(beta=2000.0)
+    assert (cli.model.seed, cli.datamodule.seed, cli.datamodule.batch_size) == (3, 3, 4)
+    assert cli.model.configure_optimizers().defaults["lr"] == 0.5
+    assert cli.trainer.global_step == 1
+    saved = yaml.safe_load((folder / "runs" / "toy" / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["objective"]["init_args"]["beta"] == 2000.0
+    assert saved["data"]["init_args"]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.objective=Strict"], Strict(beta=5000.0)),
+        (["--model.objective=Strict", "--model.objective.beta=3"], Strict(beta=3.0)),
+        (["--config", "switch.yaml"], Strict(beta=5000.0)),
+        (["--model.objective=Lenient"], Lenient(beta=11.0)),
+    ],
+)
+def test_switching_the_objective_does_not_keep_the_others_beta(folder, words, expected):
+    (folder / "switch.yaml").write_text("model: {init_args: {objective: {class_path: Strict}}}")
+    cli = run.main(["--config", "toy.yaml", *words, "--trainer.max_steps=0"])
+    assert cli.model.objective == expected
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "dpo_sd51"], "config 'dpo_sd51' is no file and no packaged config (did you mean 'dpo_sd15'?)"),
+        (["--config"], "--config wants a name; there are dpo_sd15.yaml, dpo_sdxl.yaml, dpo_tiny.yaml"),
+        ([], "--config NAME is missing; there are dpo_sd15.yaml"),
+        (["train", "--config", "toy.yaml"], "job 'train' is unknown"),
+        (["--config", "broken.yaml"], "config broken.yaml: cannot be read as YAML"),
+        (["--config", "list.yaml"], "config list.yaml: wants settings such as 'model: ...' at its top, got a list"),
+    ],
+)
+def test_files_and_jobs_that_do_not_exist(folder, words, message):
+    (folder / "broken.yaml").write_text("model: [")
+    (folder / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError) as error:
+        run.main(words)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (
+            "--model.objective.betta=1",
+            "setting 'model.objective.betta' does not exist (did you mean 'beta'?); Lenient takes beta, clip",
+        ),
+        ("--model.objektive.beta=1", "setting 'model.objektive' does not exist (did you mean 'objective'?)"),
+        ("--data.batchsize=1", "setting 'data.batchsize' does not exist (did you mean 'batch_size'?)"),
+        ("--trainer.max_step=1", "setting 'trainer.max_step' does not exist (did you mean 'trainer.max_steps'?)"),
+        ("--modle.seed=1", "setting 'modle.seed' does not exist (did you mean 'model'?)"),
+        ("--model.objective.beta=much", "model.objective.beta wants a value of type float, got 'much'"),
+        ("--data.batch_size=1.5", "data.batch_size wants a value of type int, got '1.5'"),
+        ("--trainer.max_steps=many", "trainer.max_steps wants a value of type int, got 'many'"),
+        (
+            "--model.objective=Strickt",
+            "model.objective wants a class of kind Loss, got 'Strickt' (did you mean 'Strict'?); "
+            "there are Lenient, Strict",
+        ),
+        ("--model.objective=AdamW", "model.objective wants a class of kind Loss, got 'AdamW'; there are"),
+        ("--trainer.callbacks=SampleGird", "no class named 'SampleGird' fits here (did you mean 'SampleGrid'?)"),
+        ("--data.seed=${nowhere}", "interpolation in the settings: Interpolation key 'nowhere' not found"),
+        ("--trainer.callbacks=RichProgressBar", "trainer: Trainer was configured with `enable_progress_bar=False`"),
+        ("--ckpt_path=last", "no checkpoint in runs/toy/checkpoints; start without --ckpt_path"),
+        ("--ckpt_path=gone.ckpt", "checkpoint gone.ckpt does not exist"),
+    ],
+)
+def test_a_wrong_setting_gets_one_line(folder, word, message):
+    with pytest.raises(ConfigError) as error:
+        start(word)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (folder / "runs").exists()  # nothing half-written
+
+
+def test_a_typo_in_a_file_gets_one_line(folder):
+    (folder / "more.yaml").write_text("model: {init_args: {objective: {init_args: {bta: 3}}}}")
+    with pytest.raises(ConfigError, match=r"'model.objective.bta' does not exist \(did you mean 'beta'\?\)"):
+        start("--config", "more.yaml")
+
+
+def test_missing_weights_get_one_line(folder):
+    with pytest.raises(UserError, match="no folder 'nosuch'") as error:
+        run.main(["--config", "dpo_tiny", "--model.policy.pretrained=nosuch"])
+    assert "\n" not in str(error.value)
+    assert not (folder / "runs").exists()
+
+
+def test_the_shell_sees_one_line_and_status_2(folder):
+    words = [sys.executable, "-m", "experiments.run", "--config", "nosuch"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: config 'nosuch' is no file and no packaged config; there are dpo_sd15.yaml")
+    assert done.stderr.count("\n") == 1
+
+
+# Run folders and resuming
+
+
+def test_a_run_keeps_everything_in_one_folder_and_no_other_run_starts_there(folder):
+    start()
+    here = folder / "runs" / "toy"
+    assert (here / "config.yaml").is_file()
+    assert list(here.glob("events.out.tfevents.*"))
+    assert {file.name for file in (here / "checkpoints").iterdir()} == {"last.ckpt", "step=0000002.ckpt"}
+    with pytest.raises(ConfigError, match=r"already holds a run .*--ckpt_path last, or give another --run_dir"):
+        start()
+    start("--run_dir", "elsewhere")
+    assert (folder / "elsewhere" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("checkpoint", ["last", "auto", "runs/toy/checkpoints/step=0000002.ckpt"])
+def test_going_on_from_a_checkpoint_obeys_the_command_line(folder, checkpoint):
+    start("--ckpt_path=auto")  # nothing there yet: starts
+    cli = start("--ckpt_path", checkpoint, "--trainer.max_steps=3", "--model.objective.beta=4")
+    assert cli.trainer.global_step == 3
+    assert cli.model.objective.beta == 4.0
+    assert yaml.safe_load((folder / "runs" / "toy" / "config.yaml").read_text())["trainer"]["max_steps"] == 3
+
+
+def test_an_evaluation_wants_trained_weights_unless_told_otherwise(folder):
+    with pytest.raises(ConfigError, match="fit first, or evaluate with --ckpt_path none"):
+        start("test")
+    assert start("test", "--ckpt_path=none").checkpoint is None
+    start()
+    assert start("test").checkpoint == Path("runs/toy/checkpoints/last.ckpt")
+
+
+# The embedded world's road, on a tiny pipeline
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, pipelines):
+    """dpo_tiny cut down to seconds, and its shards."""
+    home = tmp_path_factory.mktemp("world")
+    prepare_shapes.main(["--output", str(home / "parquet"), "--pairs", "32"])
+    prepare_pickapic.main(["--input", str(home / "parquet"), "--output", str(home / "pairs")])
+    tree = load(find_config("dpo_tiny"))
+    tree["trainer"] |= {"max_steps": 4, "enable_progress_bar": False, "enable_model_summary": False}
+    tree["trainer"]["accumulate_grad_batches"] = 2
+    policy = tree["model"]["init_args"]["policy"]["init_args"]
+    policy["pretrained"] = str(pipelines / "tiny-sd15")
+    tree["data"]["init_args"] |= {"shards": str(home / "pairs"), "batch_size": 4}
+    quick = {"sampler": {"class_path": "Sampler", "init_args": {"steps": 2}}, "image_size": 32}
+    for callback in tree["trainer"]["callbacks"]:
+        if callback["class_path"] in ("WinRate", "SampleGrid"):
+            callback["init_args"] |= quick | {"every_n_steps": 3}
+        if callback["class_path"] == "SampleGrid":
+            callback["init_args"] |= {"number": 2}
+        if callback["class_path"] == "WinRate":
+            few = {
+                "prompts": list(prompt_splits()["validation"][:4]),
+                "test_prompts": list(prompt_splits()["test"][:5]),
+            }
+            callback["init_args"] |= few | {"images_per_prompt": 1}
+    (home / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    return home / "tiny.yaml"
+
+
+def weights(cli):
+    return torch.cat([parameter.detach().flatten() for parameter in cli.model.policy.trainable_parameters()])
+
+
+def test_fit_test_predict_and_an_exact_resume(folder, world, capsys):
+    whole = run.main(["--config", str(world)])
+    run.main(["--config", str(world), "--run_dir=cut", "--trainer.max_steps=3"])
+    resumed = run.main(["--config", str(world), "--run_dir=cut", "--ckpt_path=last"])
+    assert torch.equal(weights(whole), weights(resumed))
+
+    run.main(["test", "--config", str(world)])
+    printed = capsys.readouterr().out
+    assert "test prompts, step 4" in printed
+    assert "policy above, reference below): runs/tiny/samples/test_step=0000004.png" in printed
+    history = json.loads((folder / "runs" / "tiny" / "win_rate.json").read_text())
+    assert [(entry["split"], entry["step"]) for entry in history] == [("val", 3), ("val", 4), ("test", 4)]
+    assert history[-1]["comparisons"]["shapes"]["n"] == 5
+
+    (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
+    run.main(["predict", "--config", str(world), "--pictures.prompts=prompts.txt", "--pictures.sampler.steps=2"])
+    pictures = folder / "runs" / "tiny" / "pictures" / "step=0000004"
+    assert sorted(file.name for file in pictures.iterdir()) == ["00000_00.png", "00001_00.png", "pictures.json"]
+
+
+def test_two_processes_judge_as_one_does(folder, world):
+    run.main(["test", "--config", str(world), "--ckpt_path=none", "--run_dir=one"])
+    # Forked, because a fresh interpreter takes seconds to import; the processes and their exchange are the same.
+    two = ["--run_dir=two", "--trainer.devices=2", "--trainer.strategy=ddp_fork"]
+    run.main(["test", "--config", str(world), "--ckpt_path=none", *two])
+    one, two = (json.loads((folder / name / "win_rate.json").read_text())[0] for name in ("one", "two"))
+    for column in ("shapes", "shapes/correctness", "shapes/look"):
+        assert two["policy"][column]["mean"] == pytest.approx(one["policy"][column]["mean"], abs=1e-6)
+        assert two["comparisons"][column]["n"] == 5

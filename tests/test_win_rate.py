@@ -1,0 +1,218 @@
+"""Win rates: the statistics by hand, and the callback on the real module at tiny size."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from tiny_world import PROMPTS, QUICK, make, pairs, trainer
+from torch.utils.data import DataLoader
+
+from callbacks.win_rate import Mean, Report, WinCount, WinRate, wilson_interval
+from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.objectives import SFT
+from lightning_modules.policies.adaptation import FullFineTuning, LoRA
+from lightning_modules.references import AdapterOff, FrozenCopy
+from lightning_modules.rewards.base import RewardModel
+from lightning_modules.sampling import Sampler
+
+
+class Brightness(RewardModel):
+    """Mean pixel value; ``sign`` -1 prefers dark pictures."""
+
+    def __init__(self, name="brightness", sign=1.0):
+        super().__init__()
+        self.name, self.sign = name, sign
+
+    def score(self, images, prompts):
+        return self.sign * images.mean(dim=(1, 2, 3))
+
+    def parts(self, images, prompts):
+        return {"red": images[:, 0].mean(dim=(1, 2))}
+
+
+class Broken(RewardModel):
+    name = "broken"
+
+    def score(self, images, prompts):
+        return torch.full((len(images),), math.nan)
+
+
+def win_rate(**options):
+    return WinRate(**({"prompts": PROMPTS, "rewards": [Brightness()], "sampler": QUICK, "batch_size": 2} | options))
+
+
+def history(folder):
+    return json.loads((folder / "win_rate.json").read_text())
+
+
+# Statistics
+
+
+def test_wilson_interval_by_hand():
+    # 8 of 10, z^2 = 3.8415: centre (0.8 + 0.19207) / 1.38415 = 0.71674,
+    # half width 1.95996 / 1.38415 sqrt(0.016 + 0.0096036) = 0.22658
+    assert wilson_interval(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
+    assert wilson_interval(0, 10)[0] == pytest.approx(0)
+    assert wilson_interval(10, 10)[1] == pytest.approx(1)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, 2 * n), st.just(n))))
+def test_wilson_interval_holds_the_rate_and_mirrors_it(case):
+    halves, n = case
+    low, high = wilson_interval(halves / 2, n)
+    assert 0 <= low <= halves / 2 / n + 1e-12
+    assert halves / 2 / n - 1e-12 <= high <= 1
+    mirrored = wilson_interval(n - halves / 2, n)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+def test_ties_count_half():
+    count = WinCount.of([2.0, 1.0, 0.0, 5.0], [1.0, 1.0, 3.0, 4.0])
+    assert (count.n, count.wins, count.ties, count.losses, count.rate) == (4, 2, 1, 1, 0.625)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1))
+def test_swapping_policy_and_reference_mirrors_the_count(scores):
+    policy, reference = [float(p) for p, _ in scores], [float(r) for _, r in scores]
+    one, other = WinCount.of(policy, reference), WinCount.of(reference, policy)
+    assert (one.wins, one.ties, one.losses) == (other.losses, other.ties, other.wins)
+    assert one.rate == pytest.approx(1 - other.rate)
+
+
+def test_mean_and_standard_error_by_hand():
+    # 1, 2, 3, 6: mean 3, squared deviations 4 + 1 + 0 + 9 = 14, variance 14 / 3, standard error sqrt(14 / 12)
+    assert Mean.of([1.0, 2.0, 3.0, 6.0]) == Mean(3.0, pytest.approx(math.sqrt(14 / 12)))
+    assert Mean.of([5.0]) == Mean(5.0, 0.0)
+
+
+def test_report_names_its_metrics_and_fits_a_terminal():
+    scores = {"shapes": [0.5, 0.7], "shapes/correctness": [0.6, 0.8]}
+    report = Report.of("val", 100, scores, {"shapes": [0.4, 0.7], "shapes/correctness": [0.6, 0.8]})
+    kinds = [f"{kind}/{column}" for kind in ("reward", "reference_reward") for column in scores]
+    assert set(report.metrics()) == {
+        *(f"val/win_rate/shapes{end}" for end in ("", "_low", "_high")),
+        *(f"val/{kind}{end}" for kind in kinds for end in ("", "_se")),
+    }
+    assert report.metrics()["val/win_rate/shapes"] == 0.75
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(report.table())
+    assert "75.0% [" in (text := capture.get())
+    assert "…" not in text
+
+
+# The callback
+
+
+@pytest.mark.parametrize(
+    ("adaptation", "reference"), [(LoRA(), AdapterOff()), (FullFineTuning(), FrozenCopy())], ids=["lora", "full"]
+)
+def test_before_training_all_pictures_tie_and_after_it_they_differ(tmp_path, pipelines, adaptation, reference):
+    module, judge = make(pipelines, adaptation, reference), win_rate(test_prompts=PROMPTS[:2])
+    run = trainer(tmp_path, judge, max_steps=2)
+    run.test(module, DataLoader([0]), verbose=False)
+    run.fit(module, pairs())
+    before, after = history(tmp_path)
+    assert (before["split"], before["step"]) == ("test", 0)
+    assert before["comparisons"]["brightness"]["ties"] == before["comparisons"]["brightness"]["n"] == 2
+    assert (after["split"], after["step"]) == ("val", 2)
+    assert after["comparisons"]["brightness"]["n"] == 3
+    assert after["comparisons"]["brightness"]["ties"] == 0
+    # Same prompts, same noise, untouched network: what the reference scored before is what it scores after.
+    assert set(after["reference"]) == {"brightness", "brightness/red"}
+
+
+def test_win_rate_of_a_reward_and_of_its_negative_add_up_to_one(tmp_path, pipelines):
+    judge = win_rate(rewards=[Brightness(), Brightness("darkness", -1.0)], images_per_prompt=2)
+    module = make(pipelines, LoRA(), AdapterOff())
+    trainer(tmp_path, judge, max_steps=1).fit(module, pairs())
+    (entry,) = history(tmp_path)
+    bright, dark = entry["comparisons"]["brightness"], entry["comparisons"]["darkness"]
+    assert bright["n"] == 6
+    assert bright["rate"] + dark["rate"] == 1
+    assert entry["policy"]["brightness"]["mean"] == pytest.approx(-entry["policy"]["darkness"]["mean"])
+
+
+def test_training_is_the_same_with_and_without_it(tmp_path, pipelines):
+    weights = []
+    for judges in ([], [win_rate(every_n_steps=1)]):
+        module = make(pipelines, LoRA(), AdapterOff())
+        # Every second batch is judged with gradients of half a step in place.
+        trainer(tmp_path, *judges, max_steps=2, accumulate_grad_batches=2).fit(module, pairs())
+        weights.append(torch.cat([p.detach().flatten() for p in module.policy.trainable_parameters()]))
+    assert torch.equal(*weights)
+    assert [entry["step"] for entry in history(tmp_path)] == [1, 2]
+    assert module.policy.unet.training
+    assert not module.policy.vae.training
+
+
+def test_results_do_not_depend_on_the_batch_size(tmp_path, pipelines):
+    entries = []
+    for batch_size in (1, 3):
+        module = make(pipelines, LoRA(), AdapterOff())
+        judge = win_rate(test_prompts=PROMPTS, batch_size=batch_size)
+        trainer(tmp_path / str(batch_size), judge).test(module, DataLoader([0]), verbose=False)
+        entries += history(tmp_path / str(batch_size))
+    one, three = (entry["policy"]["brightness"]["mean"] for entry in entries)
+    assert one == pytest.approx(three, abs=1e-5)
+
+
+def test_the_reference_is_drawn_once_and_again_only_if_something_changed(tmp_path, pipelines):
+    def evaluate(adaptation=LoRA(), reference=None, **options):  # noqa: B008
+        module = make(pipelines, adaptation, reference or AdapterOff())
+        trainer(tmp_path, win_rate(test_prompts=PROMPTS, **options)).test(module, DataLoader([0]), verbose=False)
+        return history(tmp_path)[-1]["reference"]["brightness"]["mean"]
+
+    evaluate()
+    (cache,) = (tmp_path / "win_rate_reference").iterdir()
+    scores = json.loads(cache.read_text())
+    cache.write_text(json.dumps(scores | {"brightness": [7.0, 7.0, 7.0]}))
+    assert evaluate() == 7.0
+    assert evaluate(seed=1) != 7.0
+    assert evaluate(sampler=Sampler(steps=3, guidance_scale=2.0)) != 7.0
+    assert evaluate(rewards=[Brightness(sign=0.5)]) != 7.0
+    assert len(list((tmp_path / "win_rate_reference").iterdir())) == 4
+
+
+def test_a_repeated_evaluation_replaces_its_entry(tmp_path, pipelines):
+    for _ in range(2):
+        module = make(pipelines, LoRA(), AdapterOff())
+        trainer(tmp_path, win_rate(test_prompts=PROMPTS)).test(module, DataLoader([0]), verbose=False)
+    assert len(history(tmp_path)) == 1
+
+
+def test_without_a_reference_only_rewards_are_reported(tmp_path, pipelines):
+    module = make(pipelines, FullFineTuning(), None, SFT())
+    run = trainer(tmp_path, win_rate(), max_steps=1)
+    run.fit(module, pairs())
+    (entry,) = history(tmp_path)
+    assert (entry["reference"], entry["comparisons"]) == ({}, {})
+    assert set(entry["policy"]) == {"brightness", "brightness/red"}
+
+
+def test_validation_can_be_monitored(tmp_path, pipelines):
+    module = make(pipelines, LoRA(), AdapterOff())
+    run = trainer(tmp_path, win_rate())
+    run.validate(module, pairs(1), verbose=False)
+    metrics = run.callback_metrics  # what ModelCheckpoint and EarlyStopping monitor
+    assert metrics["val/win_rate/brightness"] == 0.5
+    assert metrics["val/win_rate/brightness_low"] < 0.5 < metrics["val/win_rate/brightness_high"]
+
+
+def test_a_score_that_is_no_number_is_told(tmp_path, pipelines):
+    module = make(pipelines, LoRA(), AdapterOff())
+    with pytest.raises(UserError, match="reward broken is nan for a picture of the policy"):
+        trainer(tmp_path, win_rate(rewards=[Broken()], test_prompts=PROMPTS)).test(module, DataLoader([0]))
+
+
+def test_bad_settings_are_told(tmp_path, pipelines):
+    with pytest.raises(ConfigError, match="different names"):
+        win_rate(rewards=[Brightness(), Brightness()])
+    with pytest.raises(ConfigError, match="test_prompts is not set"):
+        trainer(tmp_path, win_rate()).test(make(pipelines, LoRA(), AdapterOff()), DataLoader([0]))
+    with pytest.raises(UserError, match="nowhere"):
+        win_rate(prompts="nowhere.txt")
