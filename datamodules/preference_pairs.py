@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from jaxtyping import Float
 from lightning import LightningDataModule
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from datamodules.loading import Caught, PairLoader, as_it_is, ignore_signals
 from datamodules.shards import (
     LatentsKey,
     Sample,
@@ -222,62 +222,6 @@ class RunSampler(DistributedSampler[Any]):
             yield from range(start + batch * step, start + batch * step + self.batch_size)
 
 
-class PairLoader(DataLoader[Any]):
-    """A DataLoader that raises a worker's ``DataError`` as it was, not wrapped in a worker's traceback.
-
-    Lightning warns about loaders without a state when a run resumes within an epoch. This one needs none: its
-    sampler asks the data module where the run stands.
-    """
-
-    def __iter__(self) -> Any:
-        return _raising(super().__iter__())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-def _raising(batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
-
-
-@dataclass(frozen=True)
-class _Caught(Dataset[Any]):
-    """Reads a batch at once and hands a ``DataError`` on as a value, which survives the way out of a worker."""
-
-    pairs: Dataset[Any]
-
-    def __len__(self) -> int:
-        return len(self.pairs)  # type: ignore[arg-type]  # ours are sized
-
-    def __getitem__(self, n: int) -> Any:
-        return self.pairs[n]
-
-    def __getitems__(self, indices: list[int]) -> Any:
-        try:
-            return collate([self.pairs[n] for n in indices])
-        except DataError as error:
-            return DataError(str(error))
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def ignore_signals(worker: int) -> None:
-    """For DataLoader workers: a scheduler signals every process of a job, and the main one alone must act on it.
-
-    A forked worker would otherwise die, or run the handlers it inherited and save a stale checkpoint.
-    """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
 # ------------------------------------------------------------------------------------------ latents key
 
 
@@ -404,6 +348,8 @@ class PreferencePairsDataModule(LightningDataModule):
         shards = open_shards(names, self.cache_dir, max_open=2 * self.shuffle_shards)
         if shards.has_ties and not (self.ties and shards.latents is None):
             raise DataError(f"{names} holds ties, which have no chosen picture; prepare it again without --keep-ties")
+        if shards.kind == "steps":
+            raise DataError(f"{names} holds pairs of denoising steps; train on those with StepPoolDataModule")
         if len(shards) == 0:
             raise DataError(f"{names} holds zero usable pairs; see the counts in its manifest.json")
         order = ShuffledOrder(shards.sizes, self.seed, self.shuffle_shards) if shuffled else StoredOrder(shards.sizes)
@@ -437,11 +383,11 @@ class PreferencePairsDataModule(LightningDataModule):
 
     def _loader(self, pairs: PixelPairs | EncodedPairs, sampler: RunSampler | None) -> PairLoader:
         return PairLoader(
-            _Caught(pairs),
+            Caught(pairs, collate),
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             pin_memory=torch.cuda.is_available(),
             drop_last=sampler is not None,
             worker_init_fn=ignore_signals,

@@ -5,6 +5,7 @@ members of one tar file that share a key, a zero-padded integer::
 
     000000012.chosen.jpg   000000012.rejected.jpg   000000012.json                     kind "pixels"
     000000012.latents.safetensors   [000000012.embeds.safetensors]   000000012.json    kind "latents"
+    000000012.step.safetensors   000000012.json                                        kind "steps"
 
 The encoded bytes of a picture pass through untouched. Nothing is ever pickled or unpickled. Shards without a
 manifest are accepted where their members are named as above.
@@ -66,7 +67,7 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-_MEMBER = re.compile(r"(\d+)\.(json|(?:chosen|rejected)\.(?:jpg|jpeg|png|webp)|(?:latents|embeds)\.safetensors)")
+_MEMBER = re.compile(r"(\d+)\.(json|(?:chosen|rejected)\.(?:jpg|jpeg|png|webp)|(?:latents|embeds|step)\.safetensors)")
 _TAR_END = 1024  # a tar file ends with two empty blocks
 
 
@@ -175,6 +176,17 @@ def latent_members(
     return members
 
 
+def step_members(latents: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, bytes]:
+    """The members of a pair of denoising steps.
+
+    Args:
+        latents: "latents" (x_t), "chosen" and "rejected" (x_{t-1}), and "rejected_latents" where the rejected step
+            has its own x_t.
+        info: "caption", "timestep", "prev_timestep", "score_gap".
+    """
+    return {"json": _dump(info), "step.safetensors": _packed(latents)}
+
+
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:
     # safetensors takes no rows of a batch as they are: they share memory and may be strided.
     return save_tensors({name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()})
@@ -202,12 +214,13 @@ class Manifest:
     """What a folder of shards holds and where it came from.
 
     Attributes:
-        kind: "pixels" or "latents".
+        kind: "pixels", "latents" or "steps".
         shards: the tar files, in order.
         counts: rows read, pairs kept, and what was dropped, by reason.
         settings: what the shards were made from and with; ``job`` is the hash of these.
         corrupt: names of the first damaged rows.
         latents: set if kind is "latents".
+        statistics: numbers about how the samples came about, by name.
     """
 
     kind: str
@@ -217,6 +230,7 @@ class Manifest:
     job: str = ""
     corrupt: tuple[str, ...] = ()
     latents: LatentsKey | None = None
+    statistics: dict[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **asdict(self)})
@@ -242,6 +256,7 @@ class Manifest:
                 str(value["job"]),
                 tuple(value["corrupt"]),
                 latents,
+                dict(value.get("statistics", {})),  # manifests of an earlier version have none
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not a shard manifest ({error}); prepare the shards again") from error
@@ -296,7 +311,7 @@ class Sample:
         raise DataError(f"{self.name}: has no {role} picture; prepare the shards again")
 
     def tensors(self, member: str) -> dict[str, Tensor]:
-        """The tensors of the "latents" or the "embeds" member."""
+        """The tensors of the "latents", the "embeds" or the "step" member."""
         try:
             return load_tensors(self.members[f"{member}.safetensors"])
         except (KeyError, SafetensorError) as error:
@@ -361,10 +376,10 @@ class IndexedShard:
             raise DataError(f"shard {self.path} is truncated: the end of the tar file is missing; {_REMEDY}")
         for key, members in self.rows.items():
             roles = {name.split(".")[0] for name in members}
-            if not (roles >= {"json", "chosen", "rejected"} or roles >= {"json", "latents"}):
+            if not any(roles >= {"json", *needed} for needed in ({"chosen", "rejected"}, {"latents"}, {"step"})):
                 raise DataError(
                     f"shard {self.path}: sample {key} has only {sorted(members)}; needed are a json member and "
-                    f"either a chosen and a rejected picture or latents; {_REMEDY}"
+                    f"a chosen and a rejected picture, or latents, or a step; {_REMEDY}"
                 )
 
     def _add(self, member: tarfile.TarInfo) -> None:
@@ -372,8 +387,9 @@ class IndexedShard:
         if match is None or not member.isreg():
             raise DataError(
                 f"shard {self.path}: member {member.name!r} is not a sample: names are an integer key without a dot "
-                "and then .json, .chosen.jpg or .rejected.jpg (or png, webp), .latents.safetensors or "
-                ".embeds.safetensors (a dot inside a key merges samples); rename the members or prepare it again"
+                "and then .json, .chosen.jpg or .rejected.jpg (or png, webp), .latents.safetensors, "
+                ".embeds.safetensors or .step.safetensors (a dot inside a key merges "
+                "samples); rename the members or prepare it again"
             )
         key, name = match.groups()
         members = self.rows.setdefault(key, {})
@@ -396,7 +412,9 @@ class IndexedShard:
 
     @property
     def kind(self) -> str:
-        return "latents" if any("latents.safetensors" in members for members in self.rows.values()) else "pixels"
+        names = {name for members in self.rows.values() for name in members}
+        kinds = {"latents.safetensors": "latents", "step.safetensors": "steps"}
+        return next((kind for member, kind in kinds.items() if member in names), "pixels")
 
 
 _REMEDY = "copy or download it again, or delete it and prepare the shards again"
@@ -598,9 +616,9 @@ def _checked(path: Path, shard: ShardInfo) -> _Located:
 
 def _bare(location: str, path: Path) -> tuple[list[_Located], Manifest]:
     scanned = IndexedShard(path)
-    if scanned.kind == "latents":
+    if scanned.kind != "pixels":
         raise DataError(
-            f"{location}: latents without a {MANIFEST} cannot be checked against the policy; name the folder"
+            f"{location}: {scanned.kind} without a {MANIFEST} cannot be checked against the policy; name the folder"
         )
     info = ShardInfo(Path(location).name, len(scanned.keys), path.stat().st_size)
     return [_Located(location, info)], Manifest("pixels", (info,))
