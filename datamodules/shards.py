@@ -459,7 +459,10 @@ def _download(url: str, target: BinaryIO, size: int | None) -> None:
         with webdataset.gopen(url) as source:
             shutil.copyfileobj(source, target)
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot download {url}: {error}; check the address and the network") from error
+        # webdataset prints all of its command; what matters is the status it ended with.
+        status = re.search(r"exit \d+", str(error))
+        reason = status[0] if status else error
+        raise DataError(f"cannot download {url} ({reason}); check the address and the network") from error
     if size not in (None, target.tell()):
         raise DataError(f"{url} gave {target.tell()} bytes, not the {size} of its manifest: upload the folder again")
 

@@ -540,7 +540,7 @@ def _in_parallel(
 ) -> Iterator[tuple[Unit, UnitResult]]:
     # Not forked from here: threads of torch and pyarrow don't survive it. The server imports once for all workers.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.prepare_pickapic"])
+    context.set_forkserver_preload(["datamodules.shards", "pyarrow.parquet", "rich.progress"])
     pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=context)
     try:
         jobs: dict[Future[UnitResult], Unit] = {

@@ -172,7 +172,7 @@ def test_remote_shards_need_a_cache_folder() -> None:
 
 
 def test_a_failed_download_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot download pipe:false: .*check the address"):
+    with pytest.raises(DataError, match="cannot download pipe:false .exit 1.; check the address"):
         open_shards("pipe:false", tmp_path)
     assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
 
