@@ -84,6 +84,8 @@ class PreferencePairs(Record):
             target height, target width) in pixels, the order of SDXL's ``add_time_ids``; the crop offsets are
             those of the resized picture, as SDXL was trained with.
         indices: position of each pair in the run's stream of samples; all its random draws are keyed by it.
+        labels: probability that ``chosen`` is the preferred one: 1, or 0.5 for a tie; None means 1 for all.
+        weights: what each pair counts, 1 / (number of pairs of its prompt in the data set); None means 1 for all.
     """
 
     chosen: Float[Tensor, "b 3 H W"]
@@ -92,6 +94,8 @@ class PreferencePairs(Record):
     chosen_time_ids: Float[Tensor, "b 6"]
     rejected_time_ids: Float[Tensor, "b 6"]
     indices: Int[Tensor, " b"]
+    labels: Float[Tensor, " b"] | None = None
+    weights: Float[Tensor, " b"] | None = None
 
     def __len__(self) -> int:
         return self.chosen.shape[0]

@@ -1,8 +1,8 @@
 """Policies: text-to-image diffusion models behind one interface."""
 
-from lightning_modules.policies.adaptation import Adaptation, FullFineTuning, LoRA
+from lightning_modules.policies.adaptation import Adaptation, Frozen, FullFineTuning, LoRA
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.policies.sdxl import StableDiffusionXL
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 
-__all__ = ["Adaptation", "DiffusionPolicy", "FullFineTuning", "LoRA", "StableDiffusion", "StableDiffusionXL"]
+__all__ = ["Adaptation", "DiffusionPolicy", "Frozen", "FullFineTuning", "LoRA", "StableDiffusion", "StableDiffusionXL"]

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,6 +65,20 @@ class Adaptation(ABC):
                 _replace(entry, folder / entry.name)
         finally:
             shutil.rmtree(temporary)
+
+
+@dataclass(frozen=True)
+class Frozen(Adaptation):
+    """Nothing trains: the policy draws pictures for something else that does, such as a preference model."""
+
+    def apply(self, networks: Mapping[str, nn.Module]) -> None:
+        """Loaded networks are frozen already."""
+
+    def disabled(self, networks: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def write(self, networks: Mapping[str, nn.Module], folder: Path) -> None:
+        raise ConfigError("Frozen adaptation: no weight of the policy was trained; remove the callback that exports it")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,218 @@
+"""Trains SPO's step-aware preference model: which of two pictures will be liked, seen from any timestep?"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lightning_modules.batches import Conditioning, DenoiserQuery, PreferencePairs
+from lightning_modules.errors import ConfigError
+from lightning_modules.learning_rates import ConstantWithWarmup
+from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.preference_loss import agreement, labels_from_scores, of_all_ranks, preference_loss
+from lightning_modules.randomness import randint, randn
+from lightning_modules.rewards.base import RewardModel
+from lightning_modules.rewards.step_aware import StepAwarePreferenceModel
+from lightning_modules.training import TrainingModule
+
+
+class LabelSource(ABC):
+    """Who says which picture of a pair is preferred, as a strategy: subclass it as a frozen dataclass."""
+
+    @abstractmethod
+    def __call__(self, batch: PreferencePairs) -> Float[Tensor, " b"]:
+        """Probability that ``batch.chosen`` is preferred: 1, 0, or 0.5 for a tie."""
+
+
+@dataclass(frozen=True)
+class HumanLabels(LabelSource):
+    """The data set's own: 1, or 0.5 where ties were kept."""
+
+    def __call__(self, batch: PreferencePairs) -> Float[Tensor, " b"]:
+        return torch.ones_like(batch.chosen[:, 0, 0, 0]) if batch.labels is None else batch.labels
+
+
+@dataclass(frozen=True)
+class RewardLabels(LabelSource):
+    """A reward model's, whatever the data set says: the recipe of SPO's SDXL model, with PickScore.
+
+    Attributes:
+        reward: scores the clean pictures.
+        threshold: a pair is a tie unless softmax([score, score]) differs by more than this, in [0, 1].
+        scale: multiplies the scores before the softmax; it has to fit the reward's units (1 for PickScore's logits).
+    """
+
+    reward: RewardModel
+    threshold: float = 0.1
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1 or self.scale <= 0:
+            raise ConfigError(
+                f"RewardLabels wants threshold in [0, 1) and scale above 0, got {self.threshold} and {self.scale}"
+            )
+
+    @torch.no_grad()
+    def __call__(self, batch: PreferencePairs) -> Float[Tensor, " b"]:
+        self.reward.to(batch.chosen.device)  # no part of the module: it must be in no checkpoint
+        scores = [self.reward.score(pictures / 2 + 0.5, batch.prompts) for pictures in (batch.chosen, batch.rejected)]
+        return labels_from_scores(self.scale * scores[0], self.scale * scores[1], self.threshold)
+
+
+class StepAwarePreferenceModule(TrainingModule):
+    """Trains ``preference`` on the x0-predictions of a frozen policy (arXiv 2406.04314, section 3.2).
+
+    Both pictures of a pair are noised with the same noise to the same timestep, uniform over all; the policy denoises
+    them in one guided pass; the preference model sees the decoded x0-predictions, t and the prompt, and learns the
+    label with ``preference_loss`` over the pairs of all ranks. All draws are keyed by ``seed`` and the pair's index.
+
+    Logged: ``loss``, ``accuracy`` (ties of the labels are left out), ``margin`` (chosen score less rejected score) and
+    ``tie_fraction``; in validation also ``accuracy/t0``, ..., and ``accuracy`` is their mean: stop when it falls.
+
+    Args:
+        policy: draws the x0-predictions; frozen here whatever its adaptation says.
+        preference: the model under training.
+        labels: who says which picture is preferred.
+        optimizer: made over all of the preference model's parameters.
+        lr_scheduler: stepped once an optimiser step.
+        guidance_scale: of the policy's pass.
+        in_batch_negatives: see ``preference_loss``.
+        validation_timesteps: where accuracy is measured; the same noise for all of them.
+        vae_batch_size: pictures that go through the VAE at a time, to bound its memory.
+        seed: the run's seed; the YAMLs set it to ``${seed_everything}``.
+
+    Raises:
+        ConfigError: timesteps that the policy's schedule does not have; a preference model that is not in fp32.
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        preference: StepAwarePreferenceModel,
+        labels: LabelSource,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable = ConstantWithWarmup,
+        guidance_scale: float = 5.0,
+        in_batch_negatives: bool = False,
+        validation_timesteps: tuple[int, ...] = (0, 251, 501, 701, 951),
+        vae_batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, seed)
+        total = policy.schedule.num_timesteps
+        if not validation_timesteps or not all(0 <= t < total for t in validation_timesteps):
+            raise ConfigError(f"model.validation_timesteps must lie in 0 .. {total - 1}, got {validation_timesteps}")
+        if guidance_scale < 1 or vae_batch_size < 1:
+            raise ConfigError(
+                f"model wants guidance_scale and vae_batch_size >= 1, got {guidance_scale} and {vae_batch_size}"
+            )
+        self.policy = policy.requires_grad_(False)
+        self.preference = preference.requires_grad_(True)
+        self.labels, self.in_batch_negatives, self.guidance_scale = labels, in_batch_negatives, guidance_scale
+        self.validation_timesteps, self.vae_batch_size = validation_timesteps, vae_batch_size
+        self.train()
+
+    def train(self, mode: bool = True) -> StepAwarePreferenceModule:
+        super().train(mode)
+        self.policy.eval()
+        return self
+
+    # Steps
+
+    def training_step(self, batch: PreferencePairs, batch_idx: int) -> Tensor:
+        latents, noise = self._latents(batch, "train")
+        timesteps = randint(self.policy.schedule.num_timesteps, self._generators(batch, "timestep"), self.device)
+        images = self.clean_predictions(latents, noise, timesteps, self._conditioning(batch))
+        labels, text = self.labels(batch), self.preference.encode_text(batch.prompts)
+        loss, metrics = self._judge(images, text, timesteps, labels, batch.weights)
+        self._means["train"].add({"loss": loss.detach()} | metrics, len(batch))
+        return loss
+
+    def validation_step(self, batch: PreferencePairs, batch_idx: int) -> None:
+        latents, noise = self._latents(batch, "val")
+        cond, labels = self._conditioning(batch), self.labels(batch)
+        text = self.preference.encode_text(batch.prompts)
+        found = []
+        for t in self.validation_timesteps:
+            timesteps = torch.full((len(batch),), t, device=self.device)
+            images = self.clean_predictions(latents, noise, timesteps, cond)
+            loss, metrics = self._judge(images, text, timesteps, labels, batch.weights)
+            self._means["val"].add({f"accuracy/t{t}": metrics["accuracy"]}, len(batch))
+            found.append({"loss": loss} | metrics)
+        means = {name: torch.stack([metrics[name] for metrics in found]).mean() for name in found[0]}
+        self._means["val"].add(means, len(batch))
+
+    # Pictures
+
+    @torch.no_grad()
+    def clean_predictions(
+        self,
+        latents: Float[Tensor, "n c h w"],
+        noise: Float[Tensor, "n c h w"],
+        timesteps: Int[Tensor, " b"],
+        cond: Conditioning,
+    ) -> Float[Tensor, "n 3 H W"]:
+        """What the policy expects behind the noise: decoded x0-predictions in [0, 1].
+
+        Args:
+            latents: clean; b chosen pictures, then b rejected ones.
+            noise: likewise; both pictures of a pair have the same.
+            timesteps: one a pair.
+            cond: one row a picture.
+        """
+        schedule, steps = self.policy.schedule, timesteps.repeat(2)
+        noisy = schedule.add_noise(latents, noise, steps)
+        output = self.policy.predict_noise(DenoiserQuery(noisy, steps, cond, self.guidance_scale))
+        clean, _ = schedule.predict_clean(output, noisy, steps)
+        return torch.cat([self.policy.decode(chunk) for chunk in clean.split(self.vae_batch_size)])
+
+    @torch.no_grad()
+    def _latents(self, batch: PreferencePairs, purpose: str) -> tuple[Tensor, Tensor]:
+        """Latents drawn from the VAE's posterior, chosen first, and the noise of each."""
+        draws = self._generators(batch, purpose, "posterior", "chosen")
+        draws += self._generators(batch, purpose, "posterior", "rejected")
+        pictures, size = torch.cat([batch.chosen, batch.rejected]), self.vae_batch_size
+        chunks = [slice(start, start + size) for start in range(0, len(pictures), size)]
+        latents = torch.cat([self.policy.encode_images(pictures[chunk], draws[chunk]) for chunk in chunks])
+        noise = randn(latents.shape[1:], self._generators(batch, purpose, "noise"), latents.device)
+        return latents, noise.repeat(2, 1, 1, 1)
+
+    @torch.no_grad()
+    def _conditioning(self, batch: PreferencePairs) -> Conditioning:
+        """One row a picture, each with its own micro-conditioning."""
+        cond = self.policy.encode_prompts(batch.prompts)
+        ids = (batch.chosen_time_ids, batch.rejected_time_ids)
+        return Conditioning.cat([cond.with_time_ids(own) for own in ids])
+
+    # Judgement
+
+    def _judge(
+        self,
+        images: Float[Tensor, "n 3 H W"],
+        text: Float[Tensor, "b d"],
+        timesteps: Int[Tensor, " b"],
+        labels: Float[Tensor, " b"],
+        weights: Float[Tensor, " b"] | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss over the pairs of all ranks, and metrics over this rank's."""
+        chosen, rejected = self.preference.encode_images(images, timesteps.repeat(2)).chunk(2)
+        scale = self.preference.logit_scale
+        weights = torch.ones_like(labels) if weights is None else weights
+        with torch.autocast(self.device.type, enabled=False):
+            features = of_all_ranks(torch.stack([chosen, rejected, text]))
+            targets = of_all_ranks(torch.stack([labels, weights]))
+            loss = preference_loss(
+                features[0], features[1], features[2], scale, targets[0], targets[1], self.in_batch_negatives
+            )
+        margin = (scale * ((chosen - rejected) * text).sum(-1)).detach()
+        metrics = {
+            "accuracy": agreement(margin, labels),
+            "margin": margin.mean(),
+            "tie_fraction": (labels == 0.5).float().mean(),
+        }
+        return loss, metrics

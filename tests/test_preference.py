@@ -1,0 +1,228 @@
+"""Training the step-aware preference model: the official criterion, pictures and labels, and what a run keeps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from callbacks.export_preference import ExportPreferenceModel
+from lightning_modules.batches import PreferencePairs
+from lightning_modules.errors import ConfigError
+from lightning_modules.policies import Frozen, StableDiffusion, StableDiffusionXL
+from lightning_modules.preference import HumanLabels, RewardLabels, StepAwarePreferenceModule
+from lightning_modules.preference_loss import preference_loss
+from lightning_modules.rewards import PickScore, StepAwarePreferenceModel
+from lightning_modules.rewards.clip import text_embeds
+
+TIGHT = {"rtol": 1e-5, "atol": 1e-5}
+TIME_IDS = torch.tensor([64.0, 64, 0, 0, 64, 64])
+
+
+def preference_model(pipelines, name="tiny-spm"):
+    return StepAwarePreferenceModel(str(pipelines / name), None)
+
+
+def make(pipelines, labels=None, policy="tiny-sd15", **options):
+    network = StableDiffusionXL if policy == "tiny-sdxl" else StableDiffusion
+    frozen = network(str(pipelines / policy), Frozen(), negative_prompt=None if policy == "tiny-sdxl" else "")
+    options = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)} | options
+    return StepAwarePreferenceModule(frozen, preference_model(pipelines), labels or HumanLabels(), **options)
+
+
+def batch(start, stop):
+    """Pairs start .. stop - 1 of an endless stream: bright is preferred to dark, every fourth is a tie."""
+    draws = [torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(n)) for n in range(start, stop)]
+    chosen, rejected = torch.stack([d[0] for d in draws]), torch.stack([d[1] for d in draws]) - 1
+    ids = TIME_IDS.expand(stop - start, 6)
+    indices = torch.arange(start, stop)
+    labels = torch.where(indices % 4 == 3, 0.5, 1.0)
+    prompts = tuple(f"picture {n}" for n in range(start, stop))
+    return PreferencePairs(chosen, rejected, prompts, ids, ids, indices, labels, 1 / (1 + indices % 3))
+
+
+def fit(tmp_path, module, batches, validation=None, ckpt_path=None, callbacks=(), **options):
+    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+                "enable_model_summary": False, "accelerator": "cpu", "default_root_dir": tmp_path,
+                "num_sanity_val_steps": 0, "callbacks": list(callbacks)}  # fmt: skip
+    trainer = Trainer(**(defaults | options))
+    loaders = [None if data is None else DataLoader(data, batch_size=None) for data in (batches, validation)]
+    trainer.fit(module, *loaders, ckpt_path=ckpt_path)
+    return trainer
+
+
+# Criterion and labels
+
+
+def test_gradient_of_every_parameter_equals_the_official_one(golden, pipelines):
+    known, model = golden("spm_loss_full"), preference_model(pipelines).requires_grad_(True)
+    pixels, steps = torch.cat([known["pixel_values_0"], known["pixel_values_1"]]), known["timesteps"].repeat(2)
+    first, second = model.encode_pixels(pixels, steps).chunk(2)
+    text = text_embeds(model.model, known["input_ids"], torch.ones_like(known["input_ids"]))
+    weights = 1 / known["num_examples_per_prompt"]
+    loss = preference_loss(first, second, text, model.logit_scale, known["label_0"], weights)
+    loss.backward()
+    torch.testing.assert_close(loss, known["loss"], rtol=1e-5, atol=0)
+    grads = {f"grad.{name}": value.grad for name, value in model.named_parameters()}
+    assert grads.keys() == {name for name in known if name.startswith("grad.")}
+    largest = max(known[name].abs().max() for name in grads)
+    for name, value in grads.items():
+        difference = (value - known[name]).abs().max()
+        assert difference <= 1e-4 * known[name].abs().max() + 1e-7 * largest, name
+
+
+def test_a_reward_labels_pairs_whatever_the_data_set_says(pipelines):
+    pairs = batch(0, 4)
+    reward = PickScore(str(pipelines / "tiny-pickscore"), None)
+    scores = [reward.score(images / 2 + 0.5, pairs.prompts) for images in (pairs.chosen, pairs.rejected)]
+    for threshold in (0.0, 0.6):
+        expected = [0.5 if abs(math.tanh((a - b) / 2)) <= threshold else float(a > b) for a, b in zip(*scores)]
+        assert RewardLabels(reward, threshold)(pairs).tolist() == expected
+    assert RewardLabels(reward, 0.999999)(pairs).unique().tolist() == [0.5]
+    assert HumanLabels()(pairs) is pairs.labels
+    with pytest.raises(ConfigError, match=r"threshold in \[0, 1\)"):
+        RewardLabels(reward, 1.5)
+
+
+# Pictures
+
+
+@pytest.mark.parametrize(("name", "policy"), [("spm_noised_imgs", "tiny-sd15"), ("spm_noised_imgs_sdxl", "tiny-sdxl")])
+def test_noised_denoised_and_decoded_pictures_equal_the_official_ones(golden, pipelines, name, policy):
+    known, module = golden(name), make(pipelines, policy=policy)
+    tokenizer = AutoTokenizer.from_pretrained(pipelines / policy / "tokenizer")
+    prompts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in known["input_ids"]]
+    cond = module.policy.encode_prompts(prompts)
+    ids = known["add_time_ids"].float().expand(len(prompts), 6) if policy == "tiny-sdxl" else None
+    cond = cond.with_time_ids(ids).repeat_interleave(2)[torch.arange(10).reshape(5, 2).T.flatten()]
+    latents = torch.cat([known["latent_0"], known["latent_1"]])
+    noise = known["noise"].repeat(2, 1, 1, 1)
+
+    def both(key):
+        return torch.cat([known[f"{key}_0"], known[f"{key}_1"]])
+
+    seen = []
+    handle = module.policy.unet.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output.sample)))
+    images = module.clean_predictions(latents, noise, known["timesteps"], cond)
+    handle.remove()
+    [(noisy, raw)] = seen  # one pass for both pictures and both branches of guidance
+    torch.testing.assert_close(noisy[:10], both("noisy_latent"), **TIGHT)
+    unguided, guided = raw.chunk(2)
+    official = [torch.cat([known[f"unet_out_{k}"].chunk(2)[i] for k in (0, 1)]) for i in (0, 1)]
+    torch.testing.assert_close(unguided, official[0], **TIGHT)
+    torch.testing.assert_close(guided, official[1], **TIGHT)
+    noise_pred = unguided + 5 * (guided - unguided)
+    torch.testing.assert_close(noise_pred, both("noise_pred_cfg"), rtol=1e-4, atol=1e-4)
+    clean, _ = module.policy.schedule.predict_clean(noise_pred, noisy[:10], known["timesteps"].repeat(2))
+    torch.testing.assert_close(clean, both("pred_x0"), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(images, (both("noised_img") / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-3)
+    torch.testing.assert_close(module.preference.preprocess(images), both("processed"), rtol=0, atol=4e-3)
+
+
+def test_latents_are_the_official_ones_up_to_their_own_noise(golden, pipelines):
+    known, module = golden("spm_noised_imgs"), make(pipelines)
+    config, mean, std = module.policy.vae.config, known["posterior_mean_0"], known["posterior_std_0"]
+    torch.testing.assert_close(
+        module.policy.encode_images(known["pixel_values_0"]), mean * config.scaling_factor, **TIGHT
+    )
+    pairs = batch(0, 5)
+    latents, noise = module._latents(pairs, "train")
+    assert torch.equal(noise[:5], noise[5:])
+    centre = module.policy.encode_images(torch.cat([pairs.chosen, pairs.rejected]))
+    off = (latents - centre) / config.scaling_factor
+    assert 0.3 < off.std() < 3 * std.mean()
+    assert not torch.equal(off[:5], off[5:])  # the posterior is drawn apart, as the official code does
+
+
+def test_what_a_pair_sees_does_not_depend_on_its_company(pipelines):
+    module = make(pipelines, vae_batch_size=3)
+    pairs = batch(0, 4)
+    together, noise = module._latents(pairs, "train")
+    alone = [module._latents(batch(n, n + 1), "train") for n in range(4)]
+    torch.testing.assert_close(together[:4], torch.cat([latents[:1] for latents, _ in alone]), **TIGHT)
+    torch.testing.assert_close(noise[:4], torch.cat([own[:1] for _, own in alone]))
+
+
+# Runs
+
+
+class Losses(Callback):
+    """The loss of every training batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(outputs["loss"].item())
+
+
+def test_training_lowers_the_loss_and_changes_the_preference_model_alone(tmp_path, pipelines):
+    module, losses = make(pipelines), Losses()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    fit(tmp_path, module, [batch(0, 8)] * 12, callbacks=[losses])
+    assert losses.seen[-1] < 0.5 * losses.seen[0]
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == module.trainable_names()
+    assert all(name.startswith("preference.") for name in changed)
+
+
+def test_validation_reports_accuracy_at_every_timestep_and_their_mean(tmp_path, pipelines):
+    run = fit(tmp_path, make(pipelines), [batch(0, 2)], [batch(0, 4), batch(4, 8)])
+    found = {name: value.item() for name, value in run.callback_metrics.items() if name.startswith("val/")}
+    steps = [found.pop(f"val/accuracy/t{t}") for t in (0, 251, 501, 701, 951)]
+    assert found.keys() == {"val/loss", "val/accuracy", "val/margin", "val/tie_fraction"}
+    assert found["val/accuracy"] == pytest.approx(sum(steps) / 5)
+    assert found["val/tie_fraction"] == 0.25
+    assert all(round(6 * accuracy) == pytest.approx(6 * accuracy) for accuracy in steps)  # of 6 pairs that are no ties
+
+
+def test_checkpoint_holds_the_preference_model_and_resuming_equals_never_having_stopped(tmp_path, pipelines):
+    batches = [batch(n, n + 2) for n in range(0, 8, 2)]
+    whole, resumed = make(pipelines), make(pipelines)
+    fit(tmp_path, whole, batches, max_steps=4)
+    half = fit(tmp_path, make(pipelines), batches[:2])
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
+    assert saved.keys() == whole.trainable_names()
+    fit(tmp_path, resumed, batches[2:], max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    for name, value in whole.preference.state_dict().items():
+        assert torch.equal(value, resumed.preference.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, pipelines):
+    run = fit(tmp_path, make(pipelines), [batch(0, 2)])
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    saved["state_dict"].pop("preference.model.logit_scale")
+    torch.save(saved, tmp_path / "bad.ckpt")
+    with pytest.raises(ConfigError, match=r"1 \(preference.model.logit_scale, ...\) missing"):
+        fit(tmp_path, make(pipelines), [batch(0, 2)], max_epochs=2, ckpt_path=tmp_path / "bad.ckpt")
+
+
+def test_the_best_model_of_a_run_is_exported_and_the_last_where_nothing_was_validated(tmp_path, pipelines):
+    def exported(name, validation, learning_rate, epochs):
+        module = make(pipelines, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=learning_rate))
+        start = module.preference.model.text_projection.weight.clone()
+        callbacks = [ExportPreferenceModel()]
+        fit(tmp_path / name, module, [batch(0, 2)], validation, callbacks=callbacks, max_epochs=epochs)
+        loaded = StepAwarePreferenceModel(str(tmp_path / name / "export" / "preference"), None)
+        return start, module.preference.model.text_projection.weight, loaded.model.text_projection.weight
+
+    start, last, found = exported("last", None, 1e-3, 1)
+    assert torch.equal(found, last)
+    assert not torch.equal(found, start)
+    # Nothing learned, nothing better: the first validation's model stays.
+    start, last, found = exported("best", [batch(0, 4)], 0.0, 2)
+    assert torch.equal(found, start)
+
+
+def test_settings_that_cannot_be_are_refused(pipelines):
+    with pytest.raises(ConfigError, match="validation_timesteps"):
+        make(pipelines, validation_timesteps=(0, 1000))
+    with pytest.raises(ConfigError, match="guidance_scale"):
+        make(pipelines, guidance_scale=0.5)
