@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,13 +22,27 @@ class PairLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Any:
-        return _raising(super().__iter__())
+        batches = super().__iter__()
+        # After torch's own, so that it runs before: those only ask, and our workers don't listen.
+        atexit.unregister(_kill_workers)
+        atexit.register(_kill_workers)
+        return _raising(batches)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+
+def _kill_workers() -> None:
+    """At exit, what is left of this process's daemons: workers of a run that failed or was interrupted.
+
+    multiprocessing would send them SIGTERM, which they ignore, and wait for them for ever.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _raising(batches: Iterator[Any]) -> Iterator[Any]:
