@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from callbacks.clock import EVALUATION
-from datamodules.prompts import load_prompts
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import ConfigError
 from lightning_modules.sampling import Denoise, Sampler, initial_noise
@@ -45,23 +43,6 @@ def alignment(module: pl.LightningModule, who: str) -> AlignmentModule:
         kind = type(module).__name__
         raise ConfigError(f"{who} draws with an AlignmentModule's policy and the model is a {kind}; remove it")
     return module
-
-
-def prompt_texts(prompts: Sequence[str] | str, number: int | None = None) -> list[str]:
-    """Prompts as given, or out of a file of any kind that ``load_prompts`` reads; the first ``number``.
-
-    A file is looked for from the working folder, then inside the installed ``experiments`` package
-    (``embedded/prompts/shapes_test.txt``).
-    """
-    if not isinstance(prompts, str):
-        return list(prompts)[:number]
-    path = Path(prompts)
-    # By name, not by import: callbacks may not depend on the experiments, only find their files.
-    spec = None if path.exists() else importlib.util.find_spec("experiments")
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(root) / prompts).is_file():
-            path = Path(root) / prompts
-    return [prompt.text for prompt in load_prompts(path)][:number]
 
 
 @contextmanager

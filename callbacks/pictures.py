@@ -18,11 +18,11 @@ from callbacks.generation import (
     make_pictures,
     my_share,
     policy_step,
-    prompt_texts,
     undisturbed,
     write_atomically,
 )
 from callbacks.sample_grid import to_uint8
+from datamodules.prompts import prompt_texts
 from lightning_modules.errors import ConfigError
 from lightning_modules.sampling import Sampler
 

@@ -26,10 +26,10 @@ from callbacks.generation import (
     make_pictures,
     my_share,
     policy_step,
-    prompt_texts,
     undisturbed,
     write_atomically,
 )
+from datamodules.prompts import prompt_texts
 from lightning_modules.sampling import Sampler
 
 log = logging.getLogger(__name__)

@@ -23,10 +23,10 @@ from callbacks.generation import (
     make_pictures,
     my_share,
     policy_step,
-    prompt_texts,
     undisturbed,
     write_atomically,
 )
+from datamodules.prompts import prompt_texts
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.rewards.base import RewardModel

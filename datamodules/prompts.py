@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,23 @@ def load_prompts(path: str | Path) -> list[Prompt]:
                 f"expected 1 to {MAX_PROMPT_CHARACTERS}; correct or remove it"
             )
     return prompts
+
+
+def prompt_texts(prompts: Sequence[str] | str, number: int | None = None) -> list[str]:
+    """Prompts as given, or out of a file of any kind that ``load_prompts`` reads; the first ``number``.
+
+    A file is looked for from the working folder, then inside the installed ``experiments`` package
+    (``embedded/prompts/shapes_test.txt``).
+    """
+    if not isinstance(prompts, str):
+        return list(prompts)[:number]
+    path = Path(prompts)
+    # By name, not by import: the data side may not depend on the experiments, only find their files.
+    spec = None if path.exists() else importlib.util.find_spec("experiments")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(root) / prompts).is_file():
+            path = Path(root) / prompts
+    return [prompt.text for prompt in load_prompts(path)][:number]
 
 
 def _text(path: Path) -> str:
