@@ -40,7 +40,9 @@ class SaveRunConfig(SaveConfigCallback):
         if stage == "fit" and trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+            config = self.config.clone()
+            config["ckpt_path"] = None  # where this process started is no setting of the experiment
+            self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
 class ExperimentCLI(LightningCLI):
@@ -147,6 +149,11 @@ class ExperimentCLI(LightningCLI):
                 job(self.model, dataloaders=range(1), ckpt_path=checkpoint, weights_only=True)
             else:
                 job(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
+                if self.line.job == "validate" and not sum(self.trainer.num_val_batches):
+                    raise ConfigError(  # Lightning would end without a word
+                        "validate found no validation batches; set data.val_shards and a trainer.limit_val_batches "
+                        "above 0, or judge pictures with test"
+                    )
         except MisconfigurationException as error:
             raise ConfigError(f"{self.line.job}: {' '.join(str(error).split())}") from error
 

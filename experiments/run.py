@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
     # Lightning takes seconds to import, and a wrong word should be told at once.
     from experiments.cli import ExperimentCLI
 
+    quiet()
     import_named(tree, line.overrides)
     text = OmegaConf.to_yaml(OmegaConf.create(tree))
     cli = ExperimentCLI(line, ["--config", text, *line.overrides] if tree else list(line.overrides))
@@ -52,20 +53,25 @@ def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
     return cli
 
 
-def entry_point() -> None:
-    """What the shell calls: a mistake of the user is one line and status 2, a bug of ours a traceback."""
-    # What is so on purpose: frozen networks stay in eval mode, a run may judge pictures without validation pairs,
-    # and the data module resumes by the run's counters, not by a loader's state.
+def quiet() -> None:
+    """Silence what is so on purpose, and advertisements; every other warning is shown."""
     for on_purpose in (
-        r"Found \d+ module\(s\) in eval mode",
-        "You defined a `validation_step` but have no `val_dataloader`",
-        ".*your dataloader is not resumable",
+        r"Found \d+ module\(s\) in eval mode",  # frozen networks stay there
+        "You defined a `validation_step` but have no `val_dataloader`",  # pictures are judged, not pairs
+        ".*your dataloader is not resumable",  # the data module resumes by the run's counters
         ".*does not have many workers",
-        # Lightning's own affair with a newer torch:
-        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own affair with a newer torch
     ):
         warnings.filterwarnings("ignore", message=on_purpose)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_advertisement)
+
+
+def is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in str(record.msg)
+
+
+def entry_point() -> None:
+    """What the shell calls: a mistake of the user is one line and status 2, a bug of ours a traceback."""
     try:
         main()
     except UserError as error:

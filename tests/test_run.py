@@ -308,6 +308,14 @@ def test_a_run_keeps_everything_in_one_folder_and_no_other_run_starts_there(fold
     assert (folder / "elsewhere" / "config.yaml").is_file()
 
 
+def test_a_run_can_be_repeated_from_its_saved_config(folder):
+    first = start("--model.objective=Strict", "--model.objective.beta=9", "--seed_everything=5")
+    start("--ckpt_path=last", "--trainer.max_steps=3", "--model.objective=Strict", "--model.objective.beta=9")
+    again = run.main(["--config", "runs/toy/config.yaml", "--run_dir=again", "--trainer.max_steps=2"])
+    assert again.model.objective == first.model.objective
+    assert again.checkpoint is None
+
+
 @pytest.mark.parametrize("checkpoint", ["last", "auto", "runs/toy/checkpoints/step=0000002.ckpt"])
 def test_going_on_from_a_checkpoint_obeys_the_command_line(folder, checkpoint):
     start("--ckpt_path=auto")  # nothing there yet: starts
@@ -373,6 +381,9 @@ def test_fit_test_predict_and_an_exact_resume(folder, world, capsys):
     history = json.loads((folder / "runs" / "tiny" / "win_rate.json").read_text())
     assert [(entry["split"], entry["step"]) for entry in history] == [("val", 3), ("val", 4), ("test", 4)]
     assert history[-1]["comparisons"]["shapes"]["n"] == 5
+
+    with pytest.raises(ConfigError, match="validate found no validation batches"):
+        run.main(["validate", "--config", str(world)])
 
     (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
     run.main(["predict", "--config", str(world), "--pictures.prompts=prompts.txt", "--pictures.sampler.steps=2"])
