@@ -186,7 +186,7 @@ class StepSampler:
             scorer: who judges, on the policy's device.
             prompts: length b.
             draws: b prompts' random numbers.
-            decode: latents to pictures in [0, 1] in place of the policy's own decoder.
+            decode: latents to pictures in [0, 1] in place of the policy's own decoder, such as a ``TinyDecoder``.
             image_size: side of the pictures in pixels; None is the policy's own.
             after_step: told the number of finished steps, for a progress bar.
 
@@ -228,6 +228,30 @@ def best_and_worst(scores: Float[Tensor, "k b"]) -> tuple[Int[Tensor, "2 b"], Fl
     choice = torch.stack([scores.argmax(dim=0), scores.argmin(dim=0)])
     high, low = scores.gather(0, choice).float().softmax(dim=0)
     return choice, high - low
+
+
+def agreement(one: Comparisons, other: Comparisons) -> dict[str, float]:
+    """How alike two scorers, or one scorer behind two decoders, judge the same candidates.
+
+    The candidates are the same where two rollouts have equal draws, prompts and sampler, and the continuation is
+    "random", since then no score moves a trajectory.
+
+    Returns:
+        ``same_best``, ``same_worst``: fraction of comparisons that name the same candidate. ``same_order``: fraction
+        of all pairs of candidates of a prompt that are ordered alike; 1/2 is chance. ``same_valid``: fraction of
+        comparisons that both keep or both drop.
+    """
+    if one.scores.shape != other.scores.shape:
+        raise ValueError(f"comparisons of unequal rollouts: {one.scores.shape} and {other.scores.shape}")
+    signs = [(part.scores[:, :, None] - part.scores[:, None]).sign() for part in (one, other)]
+    left, right = torch.triu_indices(one.scores.shape[1], one.scores.shape[1], offset=1)
+    alike = {
+        "same_best": one.scores.argmax(dim=1) == other.scores.argmax(dim=1),
+        "same_worst": one.scores.argmin(dim=1) == other.scores.argmin(dim=1),
+        "same_order": signs[0][:, left, right] == signs[1][:, left, right],
+        "same_valid": one.valid == other.valid,
+    }
+    return {name: value.float().mean().item() for name, value in alike.items()}
 
 
 @dataclass

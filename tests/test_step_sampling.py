@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from safetensors import safe_open
 
 from lightning_modules.batches import Conditioning
@@ -11,9 +12,11 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.policies.adaptation import LoRA
 from lightning_modules.policies.sdxl import StableDiffusionXL
 from lightning_modules.policies.stable_diffusion import StableDiffusion
+from lightning_modules.policies.tiny_decoder import TinyDecoder
+from lightning_modules.rewards import StepAwarePreferenceModel
 from lightning_modules.rewards.base import RewardModel, StepRewardModel
 from lightning_modules.schedule import NoiseSchedule
-from lightning_modules.step_sampling import Comparisons, Draws, SeededDraws, StepSampler, best_and_worst
+from lightning_modules.step_sampling import Comparisons, Draws, SeededDraws, StepSampler, agreement, best_and_worst
 from lightning_modules.step_scoring import (
     RandomScorer,
     RewardScorer,
@@ -290,8 +293,8 @@ def test_the_trajectory_goes_on_from_the_named_candidate(sd15, continuation):
 
 def test_random_continuation_takes_every_candidate_sometimes(sd15):
     taken = set()
-    for seed in range(8):
-        pairs = rollout(sd15, RandomScorer(), seed=seed).pairs
+    for seed in range(4):
+        pairs = rollout(sd15, RandomScorer(), seed=seed, steps=3, branch_from_step=0).pairs
         for i in range(4):
             taken.add(torch.equal(pairs.latents[i + 2], pairs.chosen[i]))
     assert taken == {True, False}
@@ -333,11 +336,14 @@ def _by_prompt(rows, timesteps):
 
 
 def test_seed_epoch_and_index_each_change_the_draws_and_nothing_else_does(sd15):
-    first = rollout(sd15).pairs.chosen
+    def chosen(**change):
+        return rollout(sd15, RandomScorer(), steps=1, branch_from_step=0, **change).pairs.chosen
+
+    first = chosen()
     torch.manual_seed(99)
-    assert torch.equal(rollout(sd15).pairs.chosen, first)
+    assert torch.equal(chosen(), first)
     for change in ({"seed": 1}, {"epoch": 1}, {"indices": [5, 6]}):
-        assert not torch.equal(rollout(sd15, **change).pairs.latents, rollout(sd15).pairs.latents)
+        assert not torch.equal(chosen(**change), first)
 
 
 def test_sampling_leaves_mode_gradients_and_the_global_generator_alone(sd15):
@@ -398,6 +404,75 @@ def test_shuffled_scores_are_the_real_ones_on_other_candidates(sd15):
 def test_a_score_that_is_not_finite_is_refused(sd15):
     with pytest.raises(ConfigError, match="RewardScorer gave a score that is not finite at t = "):
         rollout(sd15, RewardScorer(Redness(), scale=float("nan")))
+
+
+def test_the_step_aware_preference_model_judges_the_decoded_predictions_at_their_timestep(sd15, pipelines):
+    model = StepAwarePreferenceModel(str(pipelines / "tiny-spm"), None)
+    seen = []
+
+    def decode(latents):
+        seen.append(sd15.decode(latents))
+        return seen[-1]
+
+    sampler = StepSampler(**PLAIN)
+    scores = sampler.sample(sd15, StepAwareScorer(model), PROMPTS, SeededDraws(0, 0, range(2)), decode).comparisons
+    assert scores.judged_at.tolist() == [251, 1, 0]
+    for images, t, found in zip(seen, scores.judged_at, scores.scores):
+        torch.testing.assert_close(found.flatten(), model.score(images, PROMPTS * 2, t.repeat(4)))
+
+
+# Agreement
+
+
+def test_agreement_by_hand():
+    """The second judge swaps the lower two of three candidates in one of two comparisons."""
+    one = _comparisons([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]], valid=[True, True])
+    other = _comparisons([[9.0, 8.0, 7.0], [9.0, 7.0, 8.0]], valid=[True, False])
+    assert agreement(one, other) == {
+        "same_best": 1.0,
+        "same_worst": 0.5,
+        "same_order": pytest.approx(5 / 6),
+        "same_valid": 0.5,
+    }
+
+
+def _comparisons(scores, valid):
+    m = len(scores)
+    times = torch.arange(m)
+    return Comparisons(
+        times, times, torch.tensor(scores)[:, :, None], torch.zeros(m, 1), torch.tensor(valid)[:, None], 0, 0
+    )
+
+
+def test_a_tiny_decoder_sees_the_candidates_of_the_full_one(sd15, tmp_path):
+    """The trajectories don't depend on who decodes, so that two rollouts tell how far the decoders agree."""
+    torch.manual_seed(0)
+    blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1)).save_pretrained(
+        tmp_path
+    )
+    tiny = TinyDecoder(str(tmp_path))
+    reward, draws = RewardScorer(Redness()), lambda: SeededDraws(0, 0, range(2))
+    sampler = StepSampler(**PLAIN | {"candidates": 4})
+    full = sampler.sample(sd15, reward, PROMPTS, draws())
+    rough = sampler.sample(sd15, reward, PROMPTS, draws(), decode=tiny)
+    again = sampler.sample(sd15, reward, PROMPTS, draws())
+    assert rough.comparisons.decodes == full.comparisons.decodes
+    assert not torch.equal(rough.comparisons.scores, full.comparisons.scores)
+    ends = {row.numpy().tobytes() for row in torch.cat([full.pairs.latents, rough.pairs.latents])}
+    assert len(ends) == 6  # three branchings of two prompts, whoever judged
+    assert set(agreement(full.comparisons, again.comparisons).values()) == {1.0}
+    assert 0 <= agreement(full.comparisons, rough.comparisons)["same_order"] <= 1
+
+
+def test_a_tiny_decoder_reads_the_vaes_scaled_latents(tmp_path):
+    """As ``AutoencoderTiny`` does by itself, but in [0, 1] and clamped."""
+    torch.manual_seed(0)
+    theirs = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    theirs.save_pretrained(tmp_path)
+    latents = 3 * torch.randn(2, 4, 4, 4)
+    expected = ((theirs.decode(latents).sample + 1) / 2).clamp(0, 1)
+    torch.testing.assert_close(TinyDecoder(str(tmp_path))(latents), expected.detach())
 
 
 # Statistics and settings

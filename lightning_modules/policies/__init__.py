@@ -4,5 +4,15 @@ from lightning_modules.policies.adaptation import Adaptation, Frozen, FullFineTu
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.policies.sdxl import StableDiffusionXL
 from lightning_modules.policies.stable_diffusion import StableDiffusion
+from lightning_modules.policies.tiny_decoder import TinyDecoder
 
-__all__ = ["Adaptation", "DiffusionPolicy", "Frozen", "FullFineTuning", "LoRA", "StableDiffusion", "StableDiffusionXL"]
+__all__ = [
+    "Adaptation",
+    "DiffusionPolicy",
+    "Frozen",
+    "FullFineTuning",
+    "LoRA",
+    "StableDiffusion",
+    "StableDiffusionXL",
+    "TinyDecoder",
+]
