@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,12 @@ class PairLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Any:
-        batches = super().__iter__()
+        batches = _raising(super().__iter__())
+        _RUNNING.add(batches)
         # After torch's own, so that it runs before: those only ask, and our workers don't listen.
-        atexit.unregister(_kill_workers)
-        atexit.register(_kill_workers)
-        return _raising(batches)
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -35,17 +37,23 @@ class PairLoader(DataLoader[Any]):
         pass
 
 
-def _kill_workers() -> None:
-    """At exit, what is left of this process's daemons: workers of a run that failed or was interrupted.
+_RUNNING: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
-    multiprocessing would send them SIGTERM, which they ignore, and wait for them for ever.
+
+def _end_workers() -> None:
+    """At exit, end what is left of this process's daemons: workers of a run that failed or was interrupted.
+
+    multiprocessing would send them SIGTERM, which they ignore, and wait for them for ever. Idle ones end when
+    their loader is closed, in silence; torch would report a killed one with a traceback.
     """
+    for batches in list(_RUNNING):
+        batches.close()
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
 
 
-def _raising(batches: Iterator[Any]) -> Iterator[Any]:
+def _raising(batches: Iterator[Any]) -> Generator[Any, None, None]:
     for batch in batches:
         if isinstance(batch, DataError):
             raise batch
