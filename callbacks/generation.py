@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -102,14 +100,3 @@ def policy_step(trainer: pl.Trainer) -> int:
         return 0
     checkpoint: dict[str, Any] = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True, mmap=True)
     return int(checkpoint["global_step"])
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

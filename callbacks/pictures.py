@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from rich.console import Console
 
+from callbacks.files import write_atomically
 from callbacks.generation import (
     Shot,
     alignment,
@@ -19,7 +20,6 @@ from callbacks.generation import (
     my_share,
     policy_step,
     undisturbed,
-    write_atomically,
 )
 from callbacks.sample_grid import to_uint8
 from datamodules.prompts import prompt_texts

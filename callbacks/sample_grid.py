@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from torch import Tensor
 
+from callbacks.files import write_atomically
 from callbacks.generation import (
     Shot,
     alignment,
@@ -27,7 +28,6 @@ from callbacks.generation import (
     my_share,
     policy_step,
     undisturbed,
-    write_atomically,
 )
 from datamodules.prompts import prompt_texts
 from lightning_modules.sampling import Sampler

@@ -24,6 +24,10 @@ class Reference(ABC):
     def predict_noise(self, query: DenoiserQuery) -> Float[Tensor, "n c h w"]:
         """As ``DiffusionPolicy.predict_noise``, without gradient."""
 
+    def own_networks(self) -> list[nn.Module]:
+        """Denoisers that it keeps beside the policy's own, once attached; what they compute is a cost of its own."""
+        return []
+
 
 class AdapterOff(Reference):
     """The policy's own network with its LoRA switched off: exact, and costs no memory.
@@ -56,3 +60,6 @@ class FrozenCopy(Reference):
     def predict_noise(self, query: DenoiserQuery) -> Float[Tensor, "n c h w"]:
         self._denoiser.to(query.latents.device)
         return self._policy.predict_noise(query, denoiser=self._denoiser)
+
+    def own_networks(self) -> list[nn.Module]:
+        return [self._denoiser]

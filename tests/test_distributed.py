@@ -27,6 +27,7 @@ trainer:
     - class_path: SampleGrid
       init_args: {{prompts: [one, two], every_n_steps: 3, sampler: {{class_path: Sampler, init_args: {{steps: 2}}}}}}
     - class_path: ExportPolicy
+    - class_path: Cost
 model:
   class_path: AlignmentModule
   init_args:
@@ -86,3 +87,13 @@ def test_two_processes_judge_and_draw_what_one_process_does(checkpoints):
     assert two[-1]["policy"]["pickscore"]["mean"] == pytest.approx(one[-1]["policy"]["pickscore"]["mean"], abs=1e-3)
     pictures = [sorted(path.name for path in (folder / name / "samples").iterdir()) for name in ("one", "two")]
     assert pictures[0] == pictures[1] != []
+
+
+def test_two_processes_count_what_one_process_costs(checkpoints):
+    folder, _, _ = checkpoints
+    one, two = (json.loads((folder / name / "cost.json").read_text())[-1] for name in ("one", "two"))
+    assert one["step"] == two["step"] == 3
+    # 3 steps of 4 pairs, two pictures each, through policy and reference.
+    assert (one["pairs"], one["data_pictures"], one["training_denoiser_rows"]) == (12, 24, 48)
+    for name in ("pairs", "data_pictures", "training_denoiser_rows", "sampling_denoiser_rows"):
+        assert two[name] == one[name]

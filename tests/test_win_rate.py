@@ -11,7 +11,8 @@ from rich.console import Console
 from tiny_world import PROMPTS, QUICK, make, pairs, trainer
 from torch.utils.data import DataLoader
 
-from callbacks.win_rate import Mean, Report, WinCount, WinRate, wilson_interval
+from callbacks.statistics import Mean, WinCount, wilson_interval
+from callbacks.win_rate import Report, WinRate
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.objectives import SFT
 from lightning_modules.policies.adaptation import FullFineTuning, LoRA

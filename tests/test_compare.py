@@ -1,0 +1,211 @@
+"""Comparisons of runs made by hand, whose numbers can be worked out on paper."""
+
+import base64
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+from comparison_runs import BASE, cost, write_run
+from PIL import Image
+
+from callbacks.statistics import wilson_interval
+from experiments.compare import labelled, main, quality, tables
+from experiments.comparison import Comparison, Run
+from experiments.comparison_figures import amount
+from lightning_modules.errors import ConfigError, DataError
+
+CONFIG = """
+seed_everything: {seed}
+run_dir: {seed}
+trainer:
+  max_steps: 100
+  default_root_dir: somewhere/{seed}
+  callbacks:
+  - class_path: callbacks.win_rate.WinRate
+    init_args: {{every_n_steps: 50}}
+model:
+  class_path: lightning_modules.alignment.AlignmentModule
+  init_args:
+    objective:
+      class_path: lightning_modules.objectives.{objective}
+      init_args: {{beta: {beta}}}
+"""
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two seeds of DPO, one of SPO, four pictures each."""
+
+    def settings(seed, objective, beta):
+        return CONFIG.format(seed=seed, objective=objective, beta=beta)
+
+    write_run(tmp_path / "dpo0", [0.7, 0.7, 0.4, 0.6], costs=[cost(100)], config=settings(0, "dpo.DPO", 3000.0))
+    two = [cost(50), cost(100)]
+    write_run(tmp_path / "dpo1", [0.5, 0.9, 0.8, 0.6], costs=two, config=settings(1, "dpo.DPO", 3000.0))
+    spo = [cost(50, sampling=32, seconds=3.0), cost(100, sampling=32, seconds=3.0)]
+    write_run(tmp_path / "spo", [0.9, 0.9, 0.9, 0.9], costs=spo, config=settings(0, "spo.SPO", 10.0))
+    return tmp_path
+
+
+def words(folders):
+    return [f"DPO={folders / 'dpo0'}", f"DPO={folders / 'dpo1'}", f"SPO={folders / 'spo'}"]
+
+
+def read(folders):
+    return Comparison.of([Run.read(*labelled(word), "test") for word in words(folders)], "test")
+
+
+def test_seeds_of_a_method_by_hand(folders):
+    dpo, _ = read(folders).methods
+    # Means 0.6 and 0.7. Squared deviations 0.01 + 0.01 + 0.04 + 0 = 0.06 and 0.04 + 0.04 + 0.01 + 0.01 = 0.1;
+    # divided by 3 (variance) and by 4 (of the mean): 0.005 and 0.1 / 12.
+    score = dpo.score("shapes")
+    assert score.mean == pytest.approx(0.65)
+    assert score.standard_error == pytest.approx(math.sqrt((0.06 / 12 + 0.1 / 12) / 2))
+    assert score.spread == pytest.approx(0.1 / math.sqrt(2))
+    assert dpo.score("shapes/correctness").mean == pytest.approx(1.15)
+    # Seed 0 wins three and loses one, seed 1 ties once and wins three: 6 + 1/2 of 8.
+    count = dpo.wins("shapes")
+    assert (count.n, count.wins, count.ties, count.losses, count.rate) == (8, 6, 1, 1, 6.5 / 8)
+    assert (count.low, count.high) == wilson_interval(6.5, 8)
+
+
+def test_one_seed_has_no_spread(folders):
+    _, spo = read(folders).methods
+    assert spo.score("shapes").spread is None
+    assert spo.score("shapes").standard_error == pytest.approx(0, abs=1e-12)
+
+
+def test_costs_by_hand(folders):
+    comparison = read(folders)
+    dpo, spo = comparison.methods
+    # 100 steps of 4 pairs: 16 denoiser rows and 8 pictures a step. SPO draws 32 rows and 8 pictures a step more.
+    assert dpo.cost("denoiser evaluations") == 1600
+    assert dpo.cost("pictures") == 800
+    assert spo.cost("denoiser evaluations") == 1600 + 3200
+    assert spo.cost("pictures") == 800 + 800
+    assert (dpo.cost("CPU seconds"), spo.cost("CPU seconds")) == (100, 300)
+    # Between what was written, a straight line; it starts at nothing.
+    assert comparison.runs[0].cost("denoiser evaluations", 25) == 400
+
+
+def test_the_base_has_a_row_of_its_own(folders):
+    grid = quality(read(folders), "shapes")
+    assert grid.header == ["method", "reward", "sd", "correctness", "win rate [95%]"]
+    assert grid.rows[0] == ["base", "0.500 ±0.000", "–", "1.000 ±0.000", "–"]  # noqa: RUF001
+    assert [row[0] for row in grid.rows] == ["base", "DPO (2 seeds)", "  seed 0", "  seed 1", "SPO"]
+    assert grid.rows[1][1:4] == ["0.650 ±0.082", "0.071", "1.150 ±0.082"]
+    assert grid.rows[1][4].startswith("81.2% [")
+    assert grid.rows[2][4].startswith("75.0% [")
+
+
+def test_settings_that_differ(folders):
+    settings = read(folders).differing_settings()
+    assert settings == {
+        "seed_everything": ["0, 1", "0"],
+        "model.objective": ["DPO", "SPO"],
+        "model.objective.beta": ["3000.0", "10.0"],
+    }
+
+
+def test_page_and_pictures(folders, capsys):
+    output = folders / "out"
+    main([*words(folders), "--output", str(output)])
+    assert sorted(path.name for path in output.iterdir()) == ["curves-shapes.png", "index.html", "results-shapes.png"]
+    page = (output / "index.html").read_text()
+    # Everything is inside: nothing is fetched when it is read.
+    assert not re.search(r"https?://|<script|<link|url\(", page)
+    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert [base64.b64decode(content) for content in embedded] == [
+        (output / f"{name}-shapes.png").read_bytes() for name in ("curves", "results")
+    ]
+    assert page.count("<img") == len(embedded)
+    for name in ("curves", "results"):
+        with Image.open(output / f"{name}-shapes.png") as picture:
+            assert picture.width > 800
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
+    for text in ("81.2% [", "0.650 ±0.082", "model.objective.beta"):
+        assert text in page
+    printed = capsys.readouterr().out
+    for text in ("DPO", "SPO", "base", "4.8k", "index.html"):
+        assert text in printed
+
+
+def test_a_label_cannot_break_the_page(folders):
+    main([f"<b>A</b>={folders / 'spo'}", "--output", str(folders / "out")])
+    page = (folders / "out" / "index.html").read_text()
+    assert "<b>A</b>" not in page
+    assert "&lt;b&gt;A&lt;/b&gt;" in page
+
+
+def test_validation_split_and_folder_names(folders, tmp_path):
+    runs = [str(folders / "dpo0"), str(folders / "spo")]
+    comparison = main([*runs, "--split", "val", "--output", str(tmp_path / "out")])
+    assert [method.label for method in comparison.methods] == ["dpo0", "spo"]
+
+
+def test_without_reference_or_cost_the_rest_is_shown(folders):
+    write_run(folders / "sft", [0.6, 0.6, 0.6, 0.6], base=None)
+    comparison = main([*words(folders), f"SFT={folders / 'sft'}", "--output", str(folders / "out")])
+    *qualities, costs = tables(comparison)
+    assert qualities[0].rows[-1] == ["SFT", "0.600 ±0.000", "–", "1.100 ±0.000", "–"]  # noqa: RUF001
+    assert costs.rows[-1] == ["SFT", "100", "–", "–", "–"]  # noqa: RUF001
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"protocol": {"prompts": "4567"}}, "judged differently on the test prompts: prompts is 0123 and 4567"),
+        ({"protocol": {"sampler": {"steps": 30}}}, "judged differently on the test prompts: sampler is"),
+        ({"protocol": {"images_per_prompt": 4}}, "images_per_prompt is 2 and 4"),
+        ({"base": [0.9] * 4}, "start from different base models"),
+        ({"split": "val"}, "has no evaluation on the test prompts; run `python -m experiments.run test`"),
+    ],
+    ids=["prompts", "sampler", "pictures", "base", "not-tested"],
+)
+def test_runs_that_cannot_be_compared_are_refused(folders, change, message):
+    write_run(folders / "other", [0.6] * 4, **change)
+    with pytest.raises((ConfigError, DataError), match=re.escape(message)) as caught:
+        main([*words(folders), str(folders / "other"), "--output", str(folders / "out")])
+    assert "\n" not in str(caught.value)
+    assert not (folders / "out").exists()
+
+
+def test_other_mistakes_are_told(folders, tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        main(["DPO=nowhere"])
+    with pytest.raises(ConfigError, match="given twice"):
+        main([f"A={folders / 'spo'}", f"B={folders / 'spo'}"])
+    with pytest.raises(ConfigError, match="NAME=RUN wants a name and a folder"):
+        main(["DPO="])
+    with pytest.raises(ConfigError, match="cannot be written"):
+        main([str(folders / "spo"), "--output", str(folders / "spo" / "config.yaml")])
+    (folders / "spo" / "win_rate.json").write_text("{")
+    with pytest.raises(DataError, match="is not JSON"):
+        main([str(folders / "spo")])
+
+
+def test_evaluations_of_unknown_protocol_are_refused(folders):
+    path = folders / "spo" / "win_rate.json"
+    path.write_text(json.dumps([entry | {"protocol": {}} for entry in json.loads(path.read_text())]))
+    with pytest.raises(DataError, match="does not say how it was judged"):
+        main([str(folders / "spo")])
+
+
+def test_the_shell_gets_one_line_and_status_2(tmp_path):
+    command = [sys.executable, "-m", "experiments.compare", str(tmp_path / "nothing")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: run folder")
+    assert result.stderr.count("\n") == 1
+
+
+def test_amounts_in_three_digits():
+    assert [amount(value) for value in (0, 950, 12345, 4560000, 2e9)] == ["0", "950", "12.3k", "4.56M", "2G"]
+
+
+def test_base_is_what_the_runs_were_judged_against(folders):
+    assert read(folders).base("shapes").mean == pytest.approx(sum(BASE) / 4)
