@@ -6,12 +6,15 @@ import math
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from callbacks.export_preference import ExportPreferenceModel
+from experiments import build_shapes_pipeline, build_shapes_preference, prepare_pickapic, prepare_shapes, run
+from experiments.compose import find_config
 from lightning_modules.batches import PreferencePairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies import Frozen, StableDiffusion, StableDiffusionXL
@@ -226,3 +229,41 @@ def test_settings_that_cannot_be_are_refused(pipelines):
         make(pipelines, validation_timesteps=(0, 1000))
     with pytest.raises(ConfigError, match="guidance_scale"):
         make(pipelines, guidance_scale=0.5)
+
+
+@pytest.mark.parametrize("name", ["spm_sd15", "spm_sdxl", "spm_tiny"])
+def test_packaged_configs_parse_and_say_what_they_cost(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run.main(["--config", name, "--print_config"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["seed"] == printed["data"]["init_args"]["seed"] == 42
+    head = find_config(name).read_text().split("seed_everything")[0]
+    assert f"python -m experiments.run --config {name}" in head
+    assert all(word in head for word in ("Hardware:", "Cost:", "Expected:"))
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning")
+def test_the_embedded_worlds_config_trains_from_nothing_and_exports_a_small_model(tmp_path, monkeypatch):
+    """The commands that the YAML names, on random weights and a handful of pairs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 speaks to it as of old
+    build_shapes_pipeline.main(["--output", "pipeline"])
+    build_shapes_preference.main(["--output", "runs/shapes_preference", "--pipeline", "pipeline"])
+    for name, seed in (("pairs-and-ties", "0"), ("val-pairs", "1")):
+        prepare_shapes.main(["--output", f"data/shapes/{name}-parquet", "--pairs", "16", "--seed", seed])
+        ties = ["--keep-ties"] if name == "pairs-and-ties" else []
+        prepare_pickapic.main(["--input", f"data/shapes/{name}-parquet", "--output", f"data/shapes/{name}", *ties])
+    run.main(
+        ["--config", "spm_tiny", "--model.policy.pretrained=pipeline", "--data.batch_size=4", "--trainer.max_steps=2",
+         "--trainer.val_check_interval=1", "--trainer.enable_progress_bar=false"]
+    )  # fmt: skip
+    exported = tmp_path / "runs" / "spm_tiny" / "export" / "preference"
+    assert sum(file.stat().st_size for file in exported.iterdir()) < 4e6
+    scores = StepAwarePreferenceModel(str(exported), None).score(
+        torch.rand(2, 3, 32, 32), ["one large red circle on a white background"] * 2, torch.tensor([0, 951])
+    )
+    assert scores.isfinite().all()
+    with pytest.raises(ConfigError, match="exists already"):
+        build_shapes_preference.main(["--output", "runs/shapes_preference", "--pipeline", "pipeline"])

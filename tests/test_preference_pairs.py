@@ -8,12 +8,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from pairs_data import picture, write_shards
+from pairs_data import picture, rows, write_parquet, write_shards
 from PIL import Image
 from torch import nn
 
 from datamodules.preference_pairs import PairTransform, PreferencePairsDataModule, RunSampler, collate
-from datamodules.shards import ShuffledOrder, open_shards
+from datamodules.shards import Manifest, ShuffledOrder, open_shards, pixel_members, write_shard
+from experiments import prepare_pickapic
 from lightning_modules.batches import PreferencePairs
 from lightning_modules.errors import DataError
 from lightning_modules.randomness import generator
@@ -292,3 +293,40 @@ def test_pairs_that_are_ties_are_refused(tmp_path: Path) -> None:
     (ties / "manifest.json").write_text(json.dumps({**manifest, "counts": {"ties_kept": 1}}))
     with pytest.raises(DataError, match="holds ties.*--keep-ties"):
         module(ties).setup("fit")
+
+
+def test_a_module_that_reads_labels_may_have_ties(tmp_path: Path) -> None:
+    ties = write_shards(tmp_path / "ties", [4])
+    manifest = json.loads((ties / "manifest.json").read_text())
+    (ties / "manifest.json").write_text(json.dumps({**manifest, "counts": {"ties_kept": 1}}))
+    module(ties, ties=True).setup("fit")
+
+
+def test_labels_and_weights_are_those_of_the_data_set_and_1_where_it_has_none(tmp_path: Path) -> None:
+    content = rows(3)
+    content[1] |= {"label_0": 0.5, "label_1": 0.5, "num_example_per_prompt": 4}
+    write_parquet(tmp_path / "pairs.parquet", content)
+    prepare_pickapic.main(
+        ["--input", str(tmp_path / "pairs.parquet"), "--output", str(tmp_path / "shards"), "--keep-ties"]
+    )
+    for shards, labels, weights in (
+        (tmp_path / "shards", [1.0, 0.5, 1.0], [1 / 3, 0.25, 1 / 3]),
+        (write_shards(tmp_path / "plain", [3]), [1.0] * 3, [1.0] * 3),
+    ):
+        data = module(shards, ties=True, val_shards=str(shards))
+        data.setup("fit")
+        batch = collate([data.val_set[n] for n in range(3)])
+        assert batch.labels.tolist() == labels
+        assert batch.weights.tolist() == pytest.approx(weights)
+
+
+def test_a_label_that_cannot_be_is_one_clear_message(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    info = {"caption": "a", "label": 0.2}
+    shard = write_shard(folder / "00000.tar", [(0, pixel_members(picture(0), picture(1), info))])
+    Manifest("pixels", (shard,), {"pairs": 1}).write(folder)
+    data = module(folder, 1)
+    data.setup("fit")
+    with pytest.raises(DataError, match=r"00000\.tar, sample 000000000: label must lie in \[0\.5, 1\.0\], got 0\.2"):
+        data.train_set[0]
