@@ -33,6 +33,7 @@ from datamodules.shards import Manifest, ShardSet, StoredOrder
 from lightning_modules.batches import StepPairs
 from lightning_modules.errors import ConfigError, DataError, UserError
 from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.policies.tiny_decoder import TinyDecoder
 from lightning_modules.randomness import generator
 from lightning_modules.step_sampling import Rollout, SeededDraws, StepSampler
 from lightning_modules.step_scoring import StepScorer
@@ -136,6 +137,7 @@ class StepPoolDataModule(LightningDataModule):
         prompts: texts, or a file of any kind that ``load_prompts`` reads; needed unless ``reuse`` is given.
         sampler: how pairs are made. eta and guidance scale must be the objective's.
         scorer: who judges the candidates; needed unless ``reuse`` is given.
+        decoder: makes the pictures that are judged, in place of the policy's VAE.
         batch_size: pairs a rank a batch.
         prompts_per_pool: how many prompts each pool takes; they are drawn without replacement until all were used.
             None takes all of them every time.
@@ -162,6 +164,7 @@ class StepPoolDataModule(LightningDataModule):
         batch_size: int,
         prompts: str | list[str] | None = None,
         scorer: StepScorer | None = None,
+        decoder: TinyDecoder | None = None,
         prompts_per_pool: int | None = None,
         prompts_per_batch: int = 4,
         seed: int = 0,
@@ -187,7 +190,7 @@ class StepPoolDataModule(LightningDataModule):
             raise ConfigError(f"data.fill is [i, n], part i of n counted from 0, got {list(fill)}")
         if prompts is not None and not len(prompts):
             raise ConfigError("data.prompts is an empty list; give texts, or a prompt file")
-        self.sampler, self.scorer, self.batch_size = sampler, scorer, batch_size
+        self.sampler, self.scorer, self.decoder, self.batch_size = sampler, scorer, decoder, batch_size
         self.prompts = [] if prompts is None else prompt_texts(prompts)
         self.prompts_per_pool, self.prompts_per_batch = prompts_per_pool, prompts_per_batch
         self.seed, self.num_workers, self.min_pairs = seed, num_workers, min_pairs
@@ -466,6 +469,7 @@ class StepPoolDataModule(LightningDataModule):
             "policy_step": self._running.global_step,
             "policy": fingerprint(self._policy),
             "scorer": f"{type(self._judge).__name__} {fingerprint(self._judge)}",
+            "decoder": None if self.decoder is None else fingerprint(self.decoder),
             "sampler": asdict(self.sampler),
             "seed": self.seed,
             "prompts": digest(self.prompts),
@@ -503,6 +507,8 @@ class StepPoolDataModule(LightningDataModule):
         """Roll out the prompts of some chunks and write each."""
         trainer, sampler, policy = self._running, self.sampler, self._policy
         self._judge.to(policy.device)
+        if self.decoder is not None:
+            self.decoder.to(policy.device)
         transitions = policy.schedule.inference_timesteps(sampler.steps)[0].tolist()
         hidden = not (trainer.is_global_zero and trainer.progress_bar_callback is not None)
         with Tqdm(total=len(chunks), desc=f"Pool {number}", leave=False, disable=hidden) as bar:
@@ -522,6 +528,7 @@ class StepPoolDataModule(LightningDataModule):
                 self._judge,
                 texts,
                 SeededDraws(self.seed, pool, numbers),
+                decode=self.decoder,
                 after_step=lambda step: bar.update(step - bar.n),
             )
 

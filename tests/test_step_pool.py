@@ -1,0 +1,421 @@
+"""Step pools: what they hold whoever makes them, exact resuming, and one clear message where none can be made."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tiny_world import make, trainer
+
+from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint
+from datamodules import pool_folder
+from datamodules.pool_folder import PoolFolder, fingerprint, open_pool, read_manifest, step_pair
+from datamodules.shards import StoredOrder
+from datamodules.step_pool import PoolSampler, StepPoolDataModule
+from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.objectives.dpo import DPO
+from lightning_modules.objectives.spo import SPO
+from lightning_modules.references import AdapterOff
+from lightning_modules.step_sampling import StepSampler
+from lightning_modules.step_scoring import RandomScorer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning")
+
+PROMPTS = ["a cat", "a dog", "the sea", "a red house", "two birds"]
+QUICK = {"steps": 3, "branch_from_step": 1, "candidates": 2, "threshold": 0.1}
+
+
+class Killed(Exception):
+    pass
+
+
+class Watched(RandomScorer):
+    """Random scores; notes how often it is asked, and can die while a pool is being sampled."""
+
+    def __init__(self, dies_at=None):
+        super().__init__()
+        self.asked, self.fate = [], [dies_at]
+
+    def score(self, candidates):
+        if len(self.asked) == self.fate[0]:
+            raise Killed
+        self.asked.append(candidates.prompts)
+        return super().score(candidates)
+
+
+def data(scorer=None, sampler=None, **changes):
+    settings = {"prompts": PROMPTS, "prompts_per_pool": 3, "prompts_per_batch": 1, "batch_size": 2, "seed": 7}
+    scorer = scorer if scorer is not None or "reuse" in changes else Watched()
+    return StepPoolDataModule(StepSampler(**(QUICK | (sampler or {}))), scorer=scorer, **(settings | changes))
+
+
+def pool_trainer(folder, *callbacks, **options):
+    return trainer(folder, *callbacks, **({"max_epochs": 1, "reload_dataloaders_every_n_epochs": 1} | options))
+
+
+def fit(pipelines, folder, pools, *callbacks, objective=None, ckpt_path=None, **options):
+    module = make(pipelines, reference=AdapterOff(), objective=objective or SPO())
+    running = pool_trainer(folder, *callbacks, **options)
+    running.fit(module, pools, ckpt_path=ckpt_path)
+    return module, running
+
+
+def trained(module):
+    return torch.cat([parameter.detach().flatten() for parameter in module.policy.trainable_parameters()])
+
+
+def pools_in(folder):
+    return sorted((folder / "pools").iterdir())
+
+
+def content(folder):
+    shards = open_pool(folder)
+    order = StoredOrder(shards.sizes)
+    return [step_pair(shards.read(*order[n]), n) for n in range(len(shards))]
+
+
+# ------------------------------------------------------------------------------------------- content
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, pipelines):
+    """A pool of three prompts, sampled one by one, and the weights that trained on it."""
+    folder = tmp_path_factory.mktemp("made")
+    module, running = fit(pipelines, folder, data())
+    (pool,) = pools_in(folder)
+    return pool, trained(module), running
+
+
+def test_a_pool_is_an_ordinary_folder_of_shards_that_tells_how_it_came_about(made):
+    pool, _, running = made
+    manifest = read_manifest(pool)
+    pairs = content(pool)
+    assert manifest.counts == {"prompts": 3, "comparisons": 6, "pairs": len(pairs)}
+    assert running.global_step == len(pairs) // 2
+    assert manifest.settings["sampler"] | QUICK | {"eta": 1.0, "guidance_scale": 5.0} == manifest.settings["sampler"]
+    assert (manifest.settings["seed"], manifest.settings["policy_step"]) == (7, 0)
+    assert manifest.statistics["valid_fraction"] == pytest.approx(len(pairs) / 6)
+    # 1 plain pass, 1 shared one where candidates branch, 2 of candidates; guidance doubles them. The control asks for
+    # no x0-predictions, so the second compared step is one shared pass.
+    assert manifest.statistics["unet_evaluations"] == 3 * 2 * 3
+    assert {pair.timesteps.item() for pair in pairs} <= {334, 1}
+    assert all(pair.score_gap > 0.1 for pair in pairs)
+    assert not list(pool.glob(".*"))
+
+
+@pytest.mark.parametrize("how", ["another chunk size", "two jobs"])
+def test_a_pool_holds_the_same_whoever_samples_it(made, pipelines, tmp_path, how):
+    if how == "two jobs":
+        for part in (0, 1):
+            fit(pipelines, tmp_path, data(fill=(part, 2)))
+    else:
+        fit(pipelines, tmp_path, data(prompts_per_batch=3))
+    (pool,) = pools_in(tmp_path)
+    expected, found = content(made[0]), content(pool)
+    assert [(p.prompts, p.timesteps) for p in found] == [(p.prompts, p.timesteps) for p in expected]
+    for one, other in zip(found, expected):
+        for name in ("latents", "chosen", "rejected", "score_gap"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=1e-4, rtol=0)
+    assert read_manifest(pool).statistics == pytest.approx(read_manifest(made[0]).statistics, abs=1e-4)
+
+
+def test_jobs_that_fill_a_pool_train_nothing_and_the_run_finds_their_chunks(made, pipelines, tmp_path):
+    module, running = fit(pipelines, tmp_path, data(fill=(0, 1)))
+    assert running.global_step == 0
+    scorer = Watched()
+    module, _ = fit(pipelines, tmp_path, data(scorer))
+    assert scorer.asked == []
+    assert torch.equal(trained(module), made[1])
+
+
+def test_kept_pools_train_without_sampling(made, pipelines, tmp_path):
+    pool, weights, _ = made
+    module, _ = fit(pipelines, tmp_path, data(reuse=[str(pool)], prompts=None))
+    assert torch.equal(trained(module), weights)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_latents_in_half_precision_and_inner_steps(pipelines, tmp_path):
+    fit(pipelines, tmp_path, data(sampler={"num_inner_step": 1}, latents_dtype="float16"))
+    (pool,) = pools_in(tmp_path)
+    pairs = content(pool)
+    shared = [torch.equal(pair.latents, pair.rejected_latents) for pair in pairs]
+    # Each comparison gives the transition that shares its x_t, then the one that doesn't.
+    assert shared == [True, False] * (len(pairs) // 2)
+    shards = open_pool(pool)
+    assert {value.dtype for value in shards.read(0, 0).tensors("step").values()} == {torch.float16}
+
+
+def test_prompts_run_through_the_file_before_any_comes_again():
+    pools = data(prompts_per_pool=3)
+    numbers = [n for pool in range(5) for n in pools._prompt_numbers(pool)]
+    assert sorted(numbers) == list(range(15))  # three passes of five; the draws of each number are its own
+    assert numbers[:5] != sorted(numbers[:5])
+    assert sorted(data(prompts_per_pool=None)._prompt_numbers(1)) == [5, 6, 7, 8, 9]
+
+
+def test_ranks_have_equal_batches_disjoint_and_resume_where_they_were():
+    one = list(PoolSampler(3, 4, 0, 1, lambda: 0))
+    ranks = [list(PoolSampler(3, 2, rank, 2, lambda: 0)) for rank in (0, 1)]
+    assert one == list(range(12))
+    assert ranks == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+    assert list(PoolSampler(3, 2, 1, 2, lambda: 2)) == [10, 11]
+
+
+def test_a_fingerprint_follows_trained_weights_and_settings_alone(pipelines):
+    policy = make(pipelines, objective=SPO(), reference=AdapterOff()).policy
+    before = fingerprint(policy)
+    assert fingerprint(policy.train()) == before
+    with torch.no_grad():
+        next(iter(policy.trainable_parameters())).view(-1)[3] += 1e-6
+    assert fingerprint(policy) != before
+    assert fingerprint(RandomScorer(1.0)) != fingerprint(RandomScorer(2.0))
+
+
+# ------------------------------------------------------------------------------------------ resuming
+
+
+class DiesAfter(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+def long_run(pipelines, folder, scorer=None, dies_after=None, resume=False, **options):
+    """Three pools of about three steps; a checkpoint after every second step."""
+    callbacks = [RunCheckpoint(every_n_steps=2, keep=1), ExactResume()]
+    callbacks += [] if dies_after is None else [DiesAfter(dies_after)]
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    return fit(
+        pipelines, folder, data(scorer, prompts_per_pool=5, sampler={"threshold": 0.05}, num_workers=0), *callbacks,
+        max_epochs=3, enable_checkpointing=True, plugins=[AtomicCheckpointIO()],
+        ckpt_path=checkpoint if resume else None, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, pipelines):
+    folder = tmp_path_factory.mktemp("whole")
+    scorer = Watched()
+    module, running = long_run(pipelines, folder, scorer)
+    return trained(module), running, scorer, folder
+
+
+def test_pools_that_nothing_needs_are_deleted_and_the_last_ones_stay(uninterrupted):
+    _, running, scorer, folder = uninterrupted
+    assert running.current_epoch == 3
+    assert len(scorer.asked) == 3 * 5 * 2
+    # The second pool stays while no checkpoint stands in the third when that one is whole.
+    assert [pool.name[:10] for pool in pools_in(folder)] in (["pool-00001", "pool-00002"], ["pool-00002"])
+
+
+@pytest.mark.parametrize("dies_after", [1, 3, 4, 6])
+def test_a_run_killed_in_training_goes_on_exactly(uninterrupted, pipelines, tmp_path, dies_after):
+    """1: before any checkpoint; the others after one, at a pool's end among them."""
+    with pytest.raises(Killed):
+        long_run(pipelines, tmp_path, dies_after=dies_after)
+    module, running = long_run(pipelines, tmp_path, resume=dies_after > 1)
+    assert running.global_step == uninterrupted[1].global_step
+    assert torch.equal(trained(module), uninterrupted[0])
+
+
+def test_a_run_killed_in_sampling_keeps_its_finished_chunks(uninterrupted, pipelines, tmp_path):
+    scorer = Watched(dies_at=10 + 5)  # in the second pool's third prompt
+    with pytest.raises(Killed):
+        long_run(pipelines, tmp_path, scorer)
+    second = Watched()
+    module, _ = long_run(pipelines, tmp_path, second, resume=True)
+    assert torch.equal(trained(module), uninterrupted[0])
+    assert len(second.asked) == 3 * 5 * 2 - 10 - 4
+
+
+def test_relaunching_a_finished_run_samples_nothing(uninterrupted, pipelines):
+    weights, _, _, folder = uninterrupted
+    before, scorer = pools_in(folder), Watched()
+    module, _ = long_run(pipelines, folder, scorer, resume=True)
+    assert torch.equal(trained(module), weights)
+    assert scorer.asked == []
+    assert pools_in(folder) == before
+
+
+def test_pools_are_kept_on_request_and_a_pool_of_other_weights_is_not_mistaken(pipelines, tmp_path):
+    scorer = Watched()
+    fit(pipelines, tmp_path, data(scorer, keep_pools=True), max_epochs=2)
+    assert [pool.name[:10] for pool in pools_in(tmp_path)] == ["pool-00000", "pool-00001"]
+    # Another learning history in the same folder: pool 0 is of the same untrained weights, pool 1 is not.
+    again = Watched()
+    fit(pipelines, tmp_path, data(again, keep_pools=True), max_epochs=2, objective=SPO(beta=1.0))
+    assert len(again.asked) == len(scorer.asked) // 2
+    assert len(pools_in(tmp_path)) == 3
+
+
+def test_a_pool_that_a_checkpoint_needs_and_that_is_gone_is_named(pipelines, tmp_path):
+    with pytest.raises(Killed):
+        long_run(pipelines, tmp_path, dies_after=3)
+    for pool in pools_in(tmp_path):
+        (pool / "manifest.json").unlink()
+    with pytest.raises(DataError, match="The checkpoint stands within the pool"):
+        long_run(pipelines, tmp_path, resume=True)
+
+
+def test_within_a_pool_batches_cannot_change_size(pipelines, tmp_path):
+    with pytest.raises(Killed):
+        long_run(pipelines, tmp_path, dies_after=3)
+    with pytest.raises(
+        ConfigError, match="2 pairs a batch over all ranks, 1 batches a step, this run asks for 2 and 2"
+    ):
+        long_run(pipelines, tmp_path, resume=True, accumulate_grad_batches=2)
+
+
+# ------------------------------------------------------------------------------------------ messages
+
+
+def test_too_few_pairs_name_the_threshold_and_the_gaps(pipelines, tmp_path):
+    with pytest.raises(
+        DataError, match=r"has 0 pairs of 3 prompts, needed are 2: .* threshold is 0.999, .* 0\.\d+ \(50%\)"
+    ):
+        fit(pipelines, tmp_path, data(sampler={"threshold": 0.999}))
+    with pytest.raises(DataError, match="needed are 100: .* data.min_pairs is 100"):
+        fit(pipelines, tmp_path, data(min_pairs=100))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "objective", "message"),
+    [
+        ({"eta": 0.5}, SPO(), "data.sampler has eta 0.5, model.objective has 1.0"),
+        ({}, SPO(guidance_scale=3.0), "data.sampler has guidance_scale 5.0, model.objective has 3.0"),
+        ({}, DPO(), "DPO has no eta: it doesn't train on pairs of denoising steps"),
+    ],
+)
+def test_sampler_and_objective_must_agree(pipelines, tmp_path, sampler, objective, message):
+    with pytest.raises(ConfigError, match=message):
+        fit(pipelines, tmp_path, data(sampler=sampler), objective=objective)
+
+
+def test_a_reused_pool_must_agree_with_the_objective_and_the_steps(made, pipelines, tmp_path):
+    reuse = {"reuse": [str(made[0])]}
+    with pytest.raises(ConfigError, match="has eta 1.0, model.objective has 0.5"):
+        fit(pipelines, tmp_path, data(sampler={"eta": 0.5}, **reuse), objective=SPO(eta=0.5))
+    with pytest.raises(ConfigError, match="was sampled in 3 steps, data.sampler.steps is 4"):
+        fit(pipelines, tmp_path, data(sampler={"steps": 4}, **reuse))
+
+
+def test_an_epoch_must_be_a_pool(pipelines, tmp_path):
+    with pytest.raises(ConfigError, match="set trainer.reload_dataloaders_every_n_epochs to 1, got 0"):
+        fit(pipelines, tmp_path, data(), reload_dataloaders_every_n_epochs=0)
+    with pytest.raises(ConfigError, match="limit_train_batches is 0.5"):
+        fit(pipelines, tmp_path, data(), limit_train_batches=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
+        ({"prompts_per_pool": 0}, "data.prompts_per_pool must be at least 1"),
+        ({"prompts": None}, "data.prompts and data.scorer make a pool"),
+        ({"prompts": []}, "data.prompts is an empty list"),
+        ({"reuse": []}, "data.reuse names pools to train on: at least one"),
+        ({"reuse": ["a"], "fill": (0, 1)}, "so no data.fill"),
+        ({"fill": (2, 2)}, r"data.fill is \[i, n\], part i of n counted from 0, got \[2, 2\]"),
+    ],
+)
+def test_settings_that_make_no_sense(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        data(**changes)
+
+
+def test_a_folder_that_cannot_be_made_is_named(pipelines, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot make the pool folder .*file/pools/pool-00000-.*data.pools_dir"):
+        fit(pipelines, tmp_path, data(pools_dir=str(tmp_path / "file" / "pools")))
+
+
+def test_a_full_disk_leaves_nothing_half_written(pipelines, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="cannot write .*00000.tar: .*No space left on device"):
+        fit(pipelines, tmp_path, data())
+    (pool,) = pools_in(tmp_path)
+    assert list(pool.iterdir()) == []
+
+
+def test_a_folder_that_machines_do_not_share_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool_folder, "VISIBLE_WITHIN_SECONDS", 0.0)
+    pool = PoolFolder(tmp_path, 3)
+    (tmp_path / "00001.json").write_text("{}")
+    with pytest.raises(DataError, match="2 of 3 chunks .the first is 0. .* give a folder that all machines share"):
+        pool.wait_for_chunks()
+    with pytest.raises(DataError, match="manifest.json does not appear on this machine"):
+        pool.wait_for_manifest()
+
+
+# -------------------------------------------------------------------------------------- two processes
+
+CONFIG = """
+seed_everything: 7
+trainer:
+  accelerator: cpu
+  strategy: {strategy}
+  devices: {devices}
+  max_epochs: 2
+  reload_dataloaders_every_n_epochs: 1
+  log_every_n_steps: 1
+  enable_progress_bar: false
+model:
+  class_path: AlignmentModule
+  init_args:
+    policy: {{class_path: StableDiffusion, init_args: {{pretrained: {pipelines}/tiny-sd15, adaptation: LoRA}}}}
+    objective: {{class_path: SPO, init_args: {{eta: 1.0, guidance_scale: 2.0}}}}
+    reference: AdapterOff
+    optimizer: {{class_path: torch.optim.SGD, init_args: {{lr: 1.0}}}}
+    seed: ${{seed_everything}}
+data:
+  class_path: StepPoolDataModule
+  init_args:
+    prompts: [a cat, a dog]
+    sampler:
+      steps: 3
+      branch_from_step: 1
+      candidates: 2
+      threshold: 0.05
+      eta: ${{model.init_args.objective.init_args.eta}}
+      guidance_scale: ${{model.init_args.objective.init_args.guidance_scale}}
+    scorer: {{class_path: RandomScorer}}
+    prompts_per_batch: 2
+    batch_size: {batch_size}
+    seed: ${{seed_everything}}
+"""
+
+
+def command(folder, name, pipelines, devices, batch_size):
+    strategy = "ddp" if devices > 1 else "auto"
+    config = folder / f"{name}.yaml"
+    config.write_text(CONFIG.format(pipelines=pipelines, strategy=strategy, devices=devices, batch_size=batch_size))
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.run", "--config", str(config), "--run_dir", str(folder / name)],
+        capture_output=True, text=True, timeout=240, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_two_processes_of_which_one_samples_nothing_learn_what_one_does(tmp_path, pipelines):
+    """Two prompts are one chunk: rank 1 has none, takes its half of the batches all the same, and nobody hangs."""
+    one = command(tmp_path, "one", pipelines, devices=1, batch_size=2)
+    two = command(tmp_path, "two", pipelines, devices=2, batch_size=1)
+    assert one["global_step"] == two["global_step"] >= 2
+    assert one["StepPoolDataModule"]["place"]["batches"] == two["StepPoolDataModule"]["place"]["batches"]
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=1e-5)
+    counts = [json.loads((pool / "manifest.json").read_text())["counts"] for pool in pools_in(tmp_path / "two")]
+    assert all(entry["prompts"] == 2 for entry in counts)
