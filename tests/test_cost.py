@@ -11,14 +11,18 @@ from callbacks.checkpointing import ExactResume, RunCheckpoint
 from callbacks.clock import EVALUATION, Stopwatch
 from callbacks.cost import Cost
 from callbacks.win_rate import WinRate
+from datamodules.pool_folder import read_manifest
+from datamodules.step_pool import StepPoolDataModule
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.batches import PreferencePairs
-from lightning_modules.objectives import DPO, SFT
+from lightning_modules.objectives import DPO, SFT, SPO
 from lightning_modules.policies.adaptation import FullFineTuning, LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff, FrozenCopy
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.sampling import Sampler, initial_noise
+from lightning_modules.step_sampling import StepSampler
+from lightning_modules.step_scoring import RandomScorer
 
 B = 3  # pairs a batch
 
@@ -107,6 +111,22 @@ def test_pools_count_as_sampling(tmp_path, pipelines):
     assert second["sampling_denoiser_rows"] == 2 * (2 * 5 * 2)
     assert second["drawn_pictures"] == 2 * 2
     assert second["training_denoiser_rows"] == 4 * 4 * B
+
+
+def test_a_step_pool_costs_what_its_manifest_says(tmp_path, pipelines):
+    sampler = StepSampler(steps=3, branch_from_step=1, candidates=2, threshold=0.0)
+    data = StepPoolDataModule(
+        sampler, prompts=["a", "b", "c"], scorer=RandomScorer(), prompts_per_batch=2, batch_size=2, seed=7
+    )
+    module = make(pipelines, reference=AdapterOff(), objective=SPO())
+    run = trainer(tmp_path, Cost(), max_epochs=1, reload_dataloaders_every_n_epochs=1)
+    run.fit(module, datamodule=data)
+    (pool,) = (tmp_path / "pools").iterdir()
+    entry = costs(tmp_path)[-1]
+    assert entry["sampling_denoiser_rows"] == read_manifest(pool).statistics["unet_evaluations"] > 0
+    # A pair shares its x_t: one row through policy and reference each, guidance doubles both.
+    assert entry["training_denoiser_rows"] == 4 * entry["pairs"] > 0
+    assert entry["data_pictures"] == entry["drawn_pictures"] == 0  # chance needs no pictures
 
 
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")  # counts don't depend on what it gives
