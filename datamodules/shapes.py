@@ -6,8 +6,9 @@ exact reward can see. Every picture is a pure function of (seed, index).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -47,6 +48,12 @@ def prompt_splits() -> dict[str, tuple[str, ...]]:
     order = torch.randperm(len(captions), generator=generator("shapes", "prompt splits")).tolist()
     mixed = [captions[i] for i in order]
     return {"train": tuple(mixed[84:]), "validation": tuple(mixed[48:84]), "test": tuple(mixed[:48])}
+
+
+def random_prompts(split: str, n: int, seed: int) -> list[str]:
+    """n prompts of a split, drawn with replacement."""
+    prompts = prompt_splits()[split]
+    return [prompts[derive_seed(seed, "shapes", split, "prompt", j) % len(prompts)] for j in range(n)]
 
 
 def random_numbers(*key: int | str) -> np.random.Generator:
@@ -133,7 +140,7 @@ def degrade(picture: Image.Image, rng: np.random.Generator, strength: float = 1.
     # Blotches are coarse enough to survive the autoencoder, so that the model learns them; pixel noise is not.
     coarse = rng.normal(size=(4, 4, 3)).clip(-2, 2)
     coarse = np.stack([_enlarge(coarse[..., channel]) for channel in range(3)], axis=-1)
-    pixels = pixels + 0.08 * blotch * coarse + 0.02 * grain * rng.normal(size=pixels.shape)
+    pixels = pixels + 0.05 * blotch * coarse + 0.015 * grain * rng.normal(size=pixels.shape)
     pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -145,13 +152,12 @@ def _enlarge(coarse: np.ndarray) -> np.ndarray:
 class ShapesPairs:
     """A fixed data set of imperfect pairs, drawn once and kept as bytes, so that drawing never bounds training.
 
-    Pair j is a pure function of (seed, purpose, j): a prompt, and two independent drawings of it.
+    Pair j is two independent drawings of its prompt, a pure function of (seed, purpose, j, prompt).
     """
 
-    def __init__(self, prompts: tuple[str, ...], size: int, seed: int, ranked: bool, purpose: str = "train") -> None:
-        draws = (random_numbers(seed, "shapes", purpose, "prompt", j) for j in range(size))
-        self.prompts = tuple(prompts[int(rng.integers(len(prompts)))] for rng in draws)
-        self.pictures = torch.stack([self._drawn(j, seed, purpose) for j in range(size)])  # uint8 [size, 2, 3, h, w]
+    def __init__(self, prompts: Sequence[str], seed: int, ranked: bool, purpose: str = "train") -> None:
+        self.prompts = tuple(prompts)
+        self.pictures = torch.stack([self._drawn(j, seed, purpose) for j in range(len(self))])  # uint8 [n, 2, 3, h, w]
         if ranked:
             self._rank()
 
@@ -199,6 +205,13 @@ class _Epoch:
         for m in range(start, (start // self.length + 1) * self.length):
             yield self.make(m)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position is derived. Its presence tells Lightning that stopping within an epoch is safe."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
 
 class ShapesDataModule(L.LightningDataModule):
     """Preference pairs of the embedded world, for pretraining and for quick experiments without files.
@@ -231,7 +244,7 @@ class ShapesDataModule(L.LightningDataModule):
     def train(self) -> ShapesPairs:
         """The data set, drawn at first use."""
         if self._train is None:
-            self._train = ShapesPairs(prompt_splits()["train"], self.size, self.seed, self.ranked)
+            self._train = ShapesPairs(random_prompts("train", self.size, self.seed), self.seed, self.ranked)
         return self._train
 
     def setup(self, stage: str) -> None:
@@ -274,7 +287,7 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
 
 @lru_cache(maxsize=2)
 def _validation_pairs(prompts: tuple[str, ...], seed: int) -> ShapesPairs:
-    return ShapesPairs(prompts * 4, 4 * len(prompts), seed, ranked=False, purpose="validation")
+    return ShapesPairs(prompts * 4, seed, ranked=False, purpose="validation")
 
 
 def as_unit(pictures: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:

@@ -1,11 +1,12 @@
-"""Makes the embedded world's pipeline folder: with random weights to train from, or of trained parts to ship.
+r"""Makes the embedded world's pipeline folder: with random weights to train from, or of trained parts to ship.
 
-Retraining it from nothing, about half an hour on 2 cores:
+Retraining it from nothing, about 40 minutes on 2 cores:
 
     python -m experiments.build_shapes_pipeline --output runs/shapes
     python -m experiments.run --config pretrain_shapes_vae
     python -m experiments.run --config pretrain_shapes
-    python -m experiments.build_shapes_pipeline --output runs/trained --trained runs/shapes runs/pretrain_shapes/export
+    python -m experiments.build_shapes_pipeline --output runs/trained \
+        --trained runs/shapes runs/pretrain_shapes/export/step=0005000
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from datamodules.shapes import prompt_splits
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.rewards.shapes import SCENES, SIDE
 
@@ -103,7 +103,7 @@ def build(folder: Path, seed: int) -> None:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        block_out_channels=(32, 48, 64),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -144,6 +144,8 @@ def build(folder: Path, seed: int) -> None:
 def assemble(folder: Path, sources: list[Path]) -> None:
     """Fills the pipeline with the trained networks of other folders, the last one that has a network giving it.
 
+    UNet and autoencoder are stored in fp16.
+
     Raises:
         ConfigError: no folder has one of the networks.
     """
@@ -154,7 +156,9 @@ def assemble(folder: Path, sources: list[Path]) -> None:
             raise ConfigError(f"no trained {name} in {places}; train it first, or name the folder that holds it")
         shutil.rmtree(folder / name)
         trained: Any = network.from_pretrained(found[-1])
-        trained.to(torch.float16).save_pretrained(folder / name)
+        # transformers loads weights in the type that they are stored in, diffusers in fp32: an fp16 text encoder
+        # would not fit its UNet in a plain from_pretrained. It is a twentieth of the folder.
+        trained.to(torch.float32 if name == "text_encoder" else torch.float16).save_pretrained(folder / name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -165,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--trained",
         type=Path,
         nargs="+",
-        help="folders with trained networks to take instead of random ones, in fp16; the last that has one gives it",
+        help="folders with trained networks to take instead of random ones; the last that has one gives it",
     )
     options = parser.parse_args(argv)
     if options.output.exists():
@@ -176,8 +180,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         build(unfinished, options.seed)
         if options.trained:
             assemble(unfinished, options.trained)
-        for split, prompts in prompt_splits().items():
-            (unfinished / f"{split}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
         unfinished.replace(options.output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -34,12 +34,12 @@ BACKGROUNDS = {"white": (0.97, 0.97, 0.97), "gray": (0.50, 0.50, 0.50), "black":
 
 # Half the width of a shape, in pixels. Three large ones must fit into a picture with a gap between them.
 HALF_WIDTHS = {
-    ("circle", "small"): 3.6,
-    ("circle", "large"): 6.2,
-    ("square", "small"): 3.2,
-    ("square", "large"): 5.6,
-    ("triangle", "small"): 4.2,
-    ("triangle", "large"): 6.8,
+    ("circle", "small"): 4.2,
+    ("circle", "large"): 6.5,
+    ("square", "small"): 3.8,
+    ("square", "large"): 5.9,
+    ("triangle", "small"): 4.7,
+    ("triangle", "large"): 7.0,
 }
 TRIANGLE_HEIGHT = 1.8  # in half widths
 # The area of a shape of half width 1.
@@ -113,18 +113,22 @@ class Measurement:
 
 # A blank or nearly blank picture has no strongest object: its grain must not be blown up into objects.
 _FAINTEST = 0.24  # RGB distance; green on gray, the closest two colours of the world, are 0.54 apart
-_SPECK = 7  # pixels; the smallest object covers 32
+_SPECK = 7  # pixels; the smallest object covers 40
 # Softness of each judgement, in the unit of what it judges: where the factor has fallen to about a half.
 _GROUND_SPREAD = 0.13  # RGB distance, of the choice between backgrounds
 _HUE_SPREAD = 0.12  # cosine, of the choice between colours; red and yellow are 0.58 alike
 _GRAYNESS = 0.10  # chroma; the palette's is 0.46 and more
 _COUNT_SPREAD = 0.35  # objects
-_SHAPE_SHARPNESS = 30.0  # per unit of overlap; a circle and a square of one area overlap by 0.83
-_SIZE_SPREAD = 0.28  # log area; small and large are about 1 apart
+_SHAPE_SHARPNESS = 35.0  # per unit of overlap; a circle and a square of one area overlap by 0.83
+_SIZE_SPREAD = 0.28  # log area; small and large are 0.8 to 0.9 apart
+# The square that objects are compared with has slightly round corners, |x|^5 + |y|^5 <= 1: a few pixels of a corner
+# missing make a small square blurred, not a circle.
+_ROUNDING = 5.0
+_ROUNDED_SQUARE_AREA = 4 * math.gamma(1 + 1 / _ROUNDING) ** 2 / math.gamma(1 + 2 / _ROUNDING)
 _TINT = 0.45  # RGB distance from the ideal colours
-_BLUR = 0.9  # pixels of edge width beyond a clean drawing's
+_BLUR = 1.2  # pixels of edge width beyond a clean drawing's
 _GRAIN = 0.10  # standard deviation within plain regions
-_CLEAN_EDGE = 0.85  # pixels: the edge width of a clean anti-aliased drawing
+_CLEAN_EDGE = 0.9  # pixels: the edge width of a clean anti-aliased drawing
 
 
 class ShapesReward(RewardModel):
@@ -205,8 +209,8 @@ def _templates(objects: Float[Tensor, "c h w"]) -> Float[Tensor, "shapes c h w"]
         return (distance + 0.5).clamp(0, 1)  # distance to the outline in pixels, positive within
 
     circle = inside((area / UNIT_AREAS["circle"]).sqrt() - (x.square() + y.square()).sqrt())
-    half = (area / UNIT_AREAS["square"]).sqrt()
-    square = inside(half - x.abs()) * inside(half - y.abs())
+    half = (area / _ROUNDED_SQUARE_AREA).sqrt()
+    square = inside(half - (x.abs().pow(_ROUNDING) + y.abs().pow(_ROUNDING)).pow(1 / _ROUNDING))
     half = (area / UNIT_AREAS["triangle"]).sqrt()
     height = TRIANGLE_HEIGHT * half  # the centre lies at a third of it
     slant = (half * (y + height * 2 / 3) - height * x.abs()) / (half.square() + height.square()).sqrt()
