@@ -364,6 +364,10 @@ class StepPoolDataModule(LightningDataModule):
         limit = self._running.limit_train_batches
         batches = min(steps * accumulated, limit) if type(limit) is int else steps * accumulated
         place = replace(place, batches=batches)
+        # Resuming at an epoch's end, Lightning forgets that epoch's batches only if the new epoch has no more of them
+        # than it had; else it would leave out as many of the new pool's.
+        current = self._running.fit_loop.epoch_loop.batch_progress.current
+        current.completed = max(current.completed, place.batches)
         self._log(manifest, pairs - place.batches * batch)
         if not self.reuse and not self.keep_pools:
             self._delete_others(name)
