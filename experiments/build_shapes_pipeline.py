@@ -159,6 +159,10 @@ def assemble(folder: Path, sources: list[Path]) -> None:
         # transformers loads weights in the type that they are stored in, diffusers in fp32: an fp16 text encoder
         # would not fit its UNet in a plain from_pretrained. It is a twentieth of the folder.
         trained.to(torch.float32 if name == "text_encoder" else torch.float16).save_pretrained(folder / name)
+        config = folder / name / "config.json"
+        settings = json.loads(config.read_text())
+        settings.pop("_name_or_path", None)  # where it lay here means nothing elsewhere
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
