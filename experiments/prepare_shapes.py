@@ -7,7 +7,6 @@ python -m experiments.prepare_pickapic --input data/shapes --output data/shapes-
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import shutil
 import sys
@@ -16,43 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from rich.progress import track
-from torch import Tensor
 
 from datamodules.shapes import as_unit, draw_imperfect, prompt_splits, random_numbers
+from experiments.pickapic import SCHEMA, pair_row
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.randomness import derive_seed
 from lightning_modules.rewards.shapes import Scene, ShapesReward
 
-# As published: yuvalkirstain/pickapic_v1 and _v2.
-SCHEMA = pa.schema(
-    [
-        ("are_different", pa.bool_()),
-        ("best_image_uid", pa.string()),
-        ("caption", pa.string()),
-        ("created_at", pa.timestamp("ns")),
-        ("has_label", pa.bool_()),
-        ("image_0_uid", pa.string()),
-        ("image_0_url", pa.string()),
-        ("image_1_uid", pa.string()),
-        ("image_1_url", pa.string()),
-        ("jpg_0", pa.binary()),
-        ("jpg_1", pa.binary()),
-        ("label_0", pa.float64()),
-        ("label_1", pa.float64()),
-        ("model_0", pa.string()),
-        ("model_1", pa.string()),
-        ("ranking_id", pa.int64()),
-        ("user_id", pa.int64()),
-        ("num_example_per_prompt", pa.int64()),
-        ("__index_level_0__", pa.int64()),
-    ]
-)
 TIE = 0.02  # rewards closer than that are called equal, as people's would be
 MISREAD = 0.2  # of the pictures get one word of the prompt wrong: content must be there to be preferred, beside looks
 _BLOCK = 500  # pairs drawn, scored and written at a time
@@ -69,45 +42,18 @@ def rows(first: int, last: int, seed: int, counts: Counter[str], captions: list[
     )
     rewards = ShapesReward().score(as_unit(pictures), [captions[j] for j in range(first, last) for _ in (0, 1)])
     return [
-        row(j, seed, captions[j], pictures[2 * i : 2 * i + 2], rewards[2 * i : 2 * i + 2].tolist(), counts)
+        pair_row(
+            j,
+            seed,
+            captions[j],
+            pictures[2 * i : 2 * i + 2],
+            rewards[2 * i : 2 * i + 2].tolist(),
+            TIE,
+            counts[captions[j]],
+            "shapes",
+        )
         for i, j in enumerate(range(first, last))
     ]
-
-
-def row(
-    j: int, seed: int, caption: str, pictures: Tensor, rewards: list[float], counts: Counter[str]
-) -> dict[str, Any]:
-    gap = rewards[0] - rewards[1]
-    label = 0.5 if abs(gap) < TIE else float(gap > 0)
-    uids = [f"{derive_seed(seed, 'picture', j, k):016x}" for k in (0, 1)]
-    return {
-        "are_different": label != 0.5,
-        "best_image_uid": "tie" if label == 0.5 else uids[0 if label == 1 else 1],
-        "caption": caption,
-        "created_at": 0,
-        "has_label": True,
-        "image_0_uid": uids[0],
-        "image_0_url": f"shapes://{uids[0]}",
-        "image_1_uid": uids[1],
-        "image_1_url": f"shapes://{uids[1]}",
-        "jpg_0": encode(pictures[0]),
-        "jpg_1": encode(pictures[1]),
-        "label_0": label,
-        "label_1": 1 - label,
-        "model_0": "shapes",
-        "model_1": "shapes",
-        "ranking_id": j,
-        "user_id": 0,
-        "num_example_per_prompt": counts[caption],
-        "__index_level_0__": j,
-    }
-
-
-def encode(picture: Tensor) -> bytes:
-    """PNG, because JPEG's own artefacts would be the largest flaw of so small a picture."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def prepare(output: Path, pairs: int, seed: int) -> None:

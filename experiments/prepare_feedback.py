@@ -1,0 +1,122 @@
+"""AI feedback: pairs drawn by a policy and ordered by a reward model, as parquet in Pick-a-Pic's schema.
+
+    python -m experiments.prepare_feedback --config dpo_tiny --reward ShapesReward --sampler.guidance_scale 3 \\
+        --prompts embedded/prompts/shapes_train.txt --pairs 1024 --output data/shapes/feedback
+    python -m experiments.prepare_pickapic --input data/shapes/feedback --output data/shapes/feedback-pairs
+
+Each pair is the best and the worst of ``--candidates`` pictures of one prompt. A pair's pictures depend on the seed and
+the pair's number alone. Parts are written whole or not at all; the same command again goes on with the missing ones.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jsonargparse import Namespace
+from rich.progress import track
+
+from datamodules.prompts import prompt_texts
+from datamodules.shards import atomic_file, read_json, write_json
+from experiments.cli import OneLineParser
+from experiments.compose import import_named
+from experiments.pickapic import SCHEMA, pair_row
+from experiments.prepare_pickapic import load_policy
+from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.randomness import derive_seed
+from lightning_modules.rewards.base import RewardModel
+from lightning_modules.sampling import Sampler, initial_noise
+
+PART = 256  # pairs a parquet file
+
+
+def draw_pairs(
+    policy: DiffusionPolicy, reward: RewardModel, prompts: Sequence[str], numbers: Sequence[int], settings: Namespace
+) -> list[dict[str, object]]:
+    """The rows of the pairs ``numbers``: best and worst of each prompt's candidates, in random order."""
+    k = settings.candidates
+    keys = [(settings.seed, "feedback", number, i) for number in numbers for i in range(k)]
+    texts = [prompts[number % len(prompts)] for number in numbers for _ in range(k)]
+    noise, generators = initial_noise(policy, keys)
+    images = settings.sampler.generate(policy, policy.predict_noise, texts, noise, generators)
+    scores = reward.score(images, texts).reshape(-1, k).cpu()
+    pictures = (images * 255).round().to(torch.uint8).cpu().unflatten(0, (-1, k))
+    examples = Counter(prompts[number % len(prompts)] for number in range(settings.pairs))
+    rows = []
+    for number, candidates, values in zip(numbers, pictures, scores):
+        chosen = [int(values.argmax()), int(values.argmin())]
+        if derive_seed(settings.seed, "feedback order", number) % 2:
+            chosen.reverse()  # so that nothing can be learnt from which picture comes first
+        caption = prompts[number % len(prompts)]
+        both = (candidates[chosen], values[chosen].tolist())
+        rows.append(pair_row(number, settings.seed, caption, *both, settings.tie, examples[caption], reward.name))
+    return rows
+
+
+def prepare(settings: Namespace) -> None:
+    """Write the missing parts of the data set.
+
+    Raises:
+        ConfigError: settings without meaning, or a folder that was begun with others.
+    """
+    if settings.pairs < 1 or settings.candidates < 2 or settings.batch_size < 1:
+        raise ConfigError("want --pairs of at least 1, --candidates of at least 2 and --batch_size of at least 1")
+    prompts, folder = prompt_texts(settings.prompts), Path(settings.output)
+    job = {"config": settings.config, "seed": settings.seed, "pairs": settings.pairs, "tie": settings.tie,
+           "candidates": settings.candidates, "prompts": derive_seed(*prompts), "sampler": repr(settings.sampler),
+           "reward": type(settings.reward).__name__}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "job.json").exists():
+        if read_json(folder / "job.json") != job:
+            raise ConfigError(f"{folder} was begun with other settings (its job.json); name a new --output")
+    elif any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds other files; name a new --output")
+    else:
+        write_json(folder / "job.json", job)
+    policy = load_policy(settings.config)
+    reward = settings.reward.to(policy.device).eval()
+    parts = range(0, settings.pairs, PART)
+    for first in track(parts, description="drawing and judging"):
+        path = folder / f"train-{first // PART:05d}-of-{len(parts):05d}.parquet"
+        if path.exists():
+            continue
+        last = min(first + PART, settings.pairs)
+        rows = []
+        for start in range(first, last, settings.batch_size):
+            numbers = range(start, min(start + settings.batch_size, last))
+            rows += draw_pairs(policy, reward, prompts, numbers, settings)
+        with atomic_file(path) as file:
+            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    import_named({}, words)  # so that a reward's short name is known
+    parser = OneLineParser(prog="python -m experiments.prepare_feedback", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=str, required=True, help="experiment whose policy draws, as for run")
+    parser.add_argument("--prompts", type=str, required=True, help="prompt file of any kind that run reads")
+    parser.add_argument("--output", type=str, required=True, help="folder for the parquet files")
+    parser.add_argument("--pairs", type=int, default=1024)
+    parser.add_argument("--candidates", type=int, default=2, help="pictures a pair is chosen from")
+    parser.add_argument("--tie", type=float, default=0.0, help="scores closer than this make a tie")
+    parser.add_argument("--batch_size", type=int, default=16, help="pairs drawn at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_subclass_arguments(RewardModel, "reward", required=True)
+    parser.add_class_arguments(Sampler, "sampler")
+    prepare(parser.instantiate(parser.parse_args(words)))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None

@@ -1,0 +1,91 @@
+"""AI feedback: what a policy draws and a reward orders, in Pick-a-Pic's form."""
+
+import io
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from PIL import Image
+
+from experiments import prepare_feedback, prepare_pickapic
+from lightning_modules.errors import ConfigError
+from lightning_modules.rewards.shapes import ShapesReward
+
+PROMPTS = ["two large green triangles on a white background", "one small red circle on a black background"]
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A command that draws 5 pairs of 3 candidates each; ``words(batch_size=2)`` changes a setting."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+
+    def make(output="out", **changes):
+        settings = {"prompts": tmp_path / "prompts.txt", "output": tmp_path / output, "pairs": 5, "candidates": 3}
+        settings |= {"sampler.steps": 2, "sampler.guidance_scale": 2, "batch_size": 3, "config": "dpo_tiny"} | changes
+        return ["--reward=ShapesReward", *(f"--{name}={value}" for name, value in settings.items())]
+
+    return make
+
+
+def read(folder):
+    return [row for path in sorted(folder.glob("*.parquet")) for row in parquet.read_table(path).to_pylist()]
+
+
+def pixels(data):
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1).float() / 255
+
+
+def test_the_better_picture_by_the_reward_is_the_preferred_one(tmp_path, words):
+    prepare_feedback.main(words())
+    rows = read(tmp_path / "out")
+    assert [row["caption"] for row in rows] == [PROMPTS[n % 2] for n in range(5)]
+    assert [row["num_example_per_prompt"] for row in rows] == [3, 2, 3, 2, 3]
+    for row in rows:
+        both = torch.stack([pixels(row["jpg_0"]), pixels(row["jpg_1"])])
+        first, second = ShapesReward().score(both, [row["caption"]] * 2).tolist()
+        assert (first > second) == (row["label_0"] == 1.0)
+        assert row["label_0"] + row["label_1"] == 1.0
+
+
+def test_a_pair_does_not_depend_on_its_batch_and_an_interrupted_command_goes_on(tmp_path, words, monkeypatch):
+    prepare_feedback.main(words())
+    monkeypatch.setattr(prepare_feedback, "PART", 2)
+    prepare_feedback.main(words("parts"))
+    parts = sorted((tmp_path / "parts").glob("*.parquet"))
+    assert len(parts) == 3
+    untouched = parts[0].stat().st_mtime_ns
+    parts[1].unlink()
+    prepare_feedback.main(words("parts"))
+    assert parts[0].stat().st_mtime_ns == untouched
+    whole, resumed = read(tmp_path / "out"), read(tmp_path / "parts")
+    assert [row["best_image_uid"] for row in whole] == [row["best_image_uid"] for row in resumed]
+    for one, other in zip(whole, resumed):
+        assert (pixels(one["jpg_0"]) - pixels(other["jpg_0"])).abs().max() <= 1 / 255
+
+
+def test_its_folder_becomes_shards(tmp_path, words):
+    prepare_feedback.main(words())
+    manifest = prepare_pickapic.main(["--input", str(tmp_path / "out"), "--output", str(tmp_path / "shards")])
+    assert manifest.counts["rows_read"] == 5
+
+
+def test_a_folder_of_other_settings_or_files_is_refused(tmp_path, words):
+    prepare_feedback.main(words(pairs=1))
+    with pytest.raises(ConfigError, match="was begun with other settings"):
+        prepare_feedback.main(words(pairs=2))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    with pytest.raises(ConfigError, match="holds other files"):
+        prepare_feedback.main(words("full"))
+
+
+@pytest.mark.parametrize("bad", [{"pairs": 0}, {"candidates": 1}, {"batch_size": 0}])
+def test_settings_without_meaning_are_refused(words, bad):
+    with pytest.raises(ConfigError, match="want --pairs"):
+        prepare_feedback.main(words(**bad))
+
+
+def test_an_unknown_reward_names_the_known_ones(words):
+    with pytest.raises(ConfigError, match="NoReward"):
+        prepare_feedback.main(["--reward=NoReward", *words()[1:]])
