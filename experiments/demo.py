@@ -1,4 +1,4 @@
-"""The whole road in one command, without network or GPU: draw pairs, make shards, align, judge on held-out prompts.
+"""The whole road in one command, without network or GPU: AI feedback, shards, alignment, held-out judgement.
 
     python -m experiments.demo
 
@@ -17,23 +17,31 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import prepare_pickapic, prepare_shapes, run
+from experiments import prepare_feedback, prepare_pickapic, run
 from lightning_modules.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("data"), help="Folder for the drawn pairs (%(default)s).")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="Folder for the pairs (%(default)s).")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="Folder for the run (%(default)s).")
     parser.add_argument("--seed", type=int, default=0, help="Of the training (%(default)s).")
-    parser.add_argument("--pairs", type=int, default=2000, help="Drawn pairs to train on (%(default)s).")
+    parser.add_argument("--pairs", type=int, default=768, help="Pairs to draw and train on (%(default)s).")
     args, overrides = parser.parse_known_args(argv)
-    parquet, shards = args.data / "shapes" / "parquet", args.data / "shapes" / "pairs"
+    drawn, shards = args.data / "shapes" / "feedback", args.data / "shapes" / "feedback-pairs"
     run_dir = args.runs / f"demo-seed{args.seed}"
-    if not parquet.exists():
-        _show(prepare_shapes.main, "prepare_shapes", "--output", parquet, "--pairs", args.pairs, "--seed", 0)
     if not (shards / "manifest.json").exists():
-        _show(prepare_pickapic.main, "prepare_pickapic", "--input", parquet, "--output", shards)
+        feedback = [
+            "--config",
+            "dpo_tiny",
+            "--prompts",
+            "embedded/prompts/shapes_train.txt",
+            "--reward",
+            "ShapesReward",
+        ]
+        feedback += ["--sampler.guidance_scale", 2, "--candidates", 4, "--pairs", args.pairs, "--output", drawn]
+        _show(prepare_feedback.main, "prepare_feedback", *feedback)
+        _show(prepare_pickapic.main, "prepare_pickapic", "--input", drawn, "--output", shards)
     settings = ["--config", "dpo_tiny", "--run_dir", run_dir, f"--data.shards={shards}"]
     settings += [f"--seed_everything={args.seed}", *overrides]
     _show(run.main, "run", *settings, "--ckpt_path", "auto")

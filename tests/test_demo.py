@@ -6,7 +6,7 @@ from experiments import demo
 
 
 def test_the_demo_draws_trains_judges_and_goes_on_where_it_stopped(tmp_path, capsys):
-    words = ["--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--pairs", "40", "--seed", "1"]
+    words = ["--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--pairs", "8", "--seed", "1"]
     words += ["--trainer.max_steps=2", "--data.batch_size=4", "--trainer.enable_progress_bar=false"]
     demo.main(words)
     run = tmp_path / "runs" / "demo-seed1"
