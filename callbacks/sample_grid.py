@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 CELL = 128  # pixels a side below which pictures are enlarged; smaller ones leave no room for a caption
 MARGIN = 6  # pixels between pictures
-LINE = 12  # pixels a caption line
+LINE = 15  # pixels a caption line
 CAPTION_LINES = 4
 
 
