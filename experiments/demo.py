@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--reward",
             "ShapesReward",
         ]
-        feedback += ["--sampler.guidance_scale", 2, "--candidates", 4, "--pairs", args.pairs, "--output", drawn]
+        feedback += ["--sampler.guidance_scale=2", "--candidates=4", f"--pairs={args.pairs}", f"--output={drawn}"]
         _show(prepare_feedback.main, "prepare_feedback", *feedback)
         _show(prepare_pickapic.main, "prepare_pickapic", "--input", drawn, "--output", shards)
     settings = ["--config", "dpo_tiny", "--run_dir", run_dir, f"--data.shards={shards}"]
