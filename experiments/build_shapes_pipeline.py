@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lightning_modules.errors import ConfigError, UserError
+from experiments.command import run_command
+from lightning_modules.errors import ConfigError
 from lightning_modules.rewards.shapes import SCENES, SIDE
 
 TOKENS = 12  # 8 words, start and end, and two to spare
@@ -190,8 +190,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+    run_command(main)

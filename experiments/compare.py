@@ -23,9 +23,10 @@ from rich.table import Table
 
 from callbacks.files import write_atomically
 from callbacks.statistics import Mean, WinCount
+from experiments.command import run_command
 from experiments.comparison import COSTS, Comparison, Method, Run, Score, wins
 from experiments.comparison_figures import amount, curves, results
-from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.errors import ConfigError
 
 NONE = "–"  # noqa: RUF001  # a cell without a number
 FILE_WIDTH = 110  # characters a line where the output is not a terminal
@@ -173,8 +174,4 @@ def _cost(method: Method, name: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+    run_command(main)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments import prepare_feedback, prepare_pickapic, run
-from lightning_modules.errors import UserError
+from experiments.command import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,8 +55,4 @@ def _show(command: Callable[[Sequence[str]], Any], name: str, *words: Any) -> No
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+    run_command(main)

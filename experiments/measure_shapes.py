@@ -8,7 +8,6 @@ The guidance scale is chosen on the validation prompts; only the chosen one is m
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from callbacks.statistics import Mean
 from datamodules.shapes import as_unit, draw, draw_imperfect, prompt_splits, random_numbers
-from lightning_modules.errors import UserError
+from experiments.command import run_command
 from lightning_modules.policies import FullFineTuning, StableDiffusion
 from lightning_modules.rewards.shapes import SCENES, Scene, ShapesReward
 from lightning_modules.sampling import Sampler, initial_noise
@@ -86,8 +85,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+    run_command(main)

@@ -25,10 +25,11 @@ from rich.progress import track
 from datamodules.prompts import prompt_texts
 from datamodules.shards import atomic_file, read_json, write_json
 from experiments.cli import OneLineParser
+from experiments.command import run_command
 from experiments.compose import import_named
 from experiments.pickapic import SCHEMA, pair_row
 from experiments.prepare_pickapic import load_policy
-from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.errors import ConfigError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import derive_seed
 from lightning_modules.rewards.base import RewardModel
@@ -115,8 +116,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+    run_command(main)

@@ -22,7 +22,6 @@ import hashlib
 import multiprocessing
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -53,6 +52,7 @@ from datamodules.shards import (
     write_json,
     write_shard,
 )
+from experiments.command import run_command
 from lightning_modules.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:  # torch's and diffusers' users are imported only where --encode-with asks for them
@@ -743,14 +743,5 @@ def _summary(manifest: Manifest, folder: Path) -> Table:
     return table
 
 
-def entry_point() -> None:
-    """What the shell calls: a mistake of the user is one line and status 2, a bug of ours a traceback."""
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    entry_point()
+    run_command(main)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,9 @@ import torch
 from rich.progress import track
 
 from datamodules.shapes import as_unit, draw_imperfect, prompt_splits, random_numbers
+from experiments.command import run_command
 from experiments.pickapic import SCHEMA, pair_row
-from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.errors import ConfigError
 from lightning_modules.randomness import derive_seed
 from lightning_modules.rewards.shapes import Scene, ShapesReward
 
@@ -92,8 +92,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+    run_command(main)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
+from experiments.command import run_command
 from experiments.compose import CommandLine, import_named, packaged_configs
-from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.errors import ConfigError
 
 if TYPE_CHECKING:
     from experiments.cli import ExperimentCLI
@@ -70,14 +71,5 @@ def is_no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip:" not in str(record.msg)
 
 
-def entry_point() -> None:
-    """What the shell calls: a mistake of the user is one line and status 2, a bug of ours a traceback."""
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    entry_point()
+    run_command(main)
