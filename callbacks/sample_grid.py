@@ -152,5 +152,6 @@ def grid_picture(rows: dict[str, list[np.ndarray]], captions: Sequence[str]) -> 
     for c, caption in enumerate(captions):
         lines = textwrap.wrap(caption, characters, max_lines=CAPTION_LINES, placeholder=" ...")
         text = "\n".join(lines)
-        draw.multiline_text((left + c * (cell + MARGIN), height - CAPTION_LINES * LINE - MARGIN), text, "black", font)
+        corner = (left + c * (cell + MARGIN), height - CAPTION_LINES * LINE - MARGIN)
+        draw.multiline_text(corner, text, "black", font, spacing=0)
     return canvas
