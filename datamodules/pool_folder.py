@@ -266,6 +266,8 @@ def _from_json(value: Mapping[str, Any]) -> Comparisons:
         scores=torch.tensor(value["scores"], dtype=torch.float32),
         gaps=torch.tensor(value["gaps"], dtype=torch.float32),
         valid=torch.tensor(value["valid"], dtype=torch.bool),
+        same_choice=torch.tensor(value["same_choice"], dtype=torch.bool),
+        same_valid=torch.tensor(value["same_valid"], dtype=torch.bool),
         unet_evaluations=value["unet_evaluations"],
         decodes=value["decodes"],
     )

@@ -131,13 +131,18 @@ class StepPoolDataModule(LightningDataModule):
 
     Logged when a pool begins: ``pool/score``, ``pool/valid_fraction``, ``pool/score_gap`` (over all comparisons, and
     by timestep as in ``pool/score_gap/t751``), quantiles of the gaps (``pool/score_gap/quantile50``), ``pool/pairs``,
-    ``pool/dropped``, ``pool/unet_evaluations``, ``pool/decodes``.
+    ``pool/dropped``, ``pool/unet_evaluations``, ``pool/decodes``; with a ``decoder`` also ``pool/decoder_agreement``,
+    the fraction of the checked comparisons in which the policy's VAE leads to the same best and the same worst
+    candidate, and ``pool/decoder_agreement_valid``, of those that both keep or both drop. All of it but
+    ``pool/dropped`` stands in the pool's manifest.
 
     Args:
         prompts: texts, or a file of any kind that ``load_prompts`` reads; needed unless ``reuse`` is given.
         sampler: how pairs are made. eta and guidance scale must be the objective's.
         scorer: who judges the candidates; needed unless ``reuse`` is given.
         decoder: makes the pictures that are judged, in place of the policy's VAE.
+        decoder_checks: how many prompts, the first of every pool, are judged behind the VAE too, to see how far the
+            decoder leads to the same choices. It changes no pair, and costs these prompts' decodes by the VAE.
         batch_size: pairs a rank a batch.
         prompts_per_pool: how many prompts each pool takes; they are drawn without replacement until all were used.
             None takes all of them every time.
@@ -165,6 +170,7 @@ class StepPoolDataModule(LightningDataModule):
         prompts: str | list[str] | None = None,
         scorer: StepScorer | None = None,
         decoder: TinyDecoder | None = None,
+        decoder_checks: int = 2,
         prompts_per_pool: int | None = None,
         prompts_per_batch: int = 4,
         seed: int = 0,
@@ -180,6 +186,8 @@ class StepPoolDataModule(LightningDataModule):
         for name, value in (("batch_size", batch_size), ("prompts_per_batch", prompts_per_batch)):
             if value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
+        if decoder_checks < 0:
+            raise ConfigError(f"data.decoder_checks must be 0 (none) or more prompts, got {decoder_checks}")
         if prompts_per_pool is not None and prompts_per_pool < 1:
             raise ConfigError(f"data.prompts_per_pool must be at least 1, or null for all, got {prompts_per_pool}")
         if reuse is None and (prompts is None or scorer is None):
@@ -190,7 +198,8 @@ class StepPoolDataModule(LightningDataModule):
             raise ConfigError(f"data.fill is [i, n], part i of n counted from 0, got {list(fill)}")
         if prompts is not None and not len(prompts):
             raise ConfigError("data.prompts is an empty list; give texts, or a prompt file")
-        self.sampler, self.scorer, self.decoder, self.batch_size = sampler, scorer, decoder, batch_size
+        self.sampler, self.scorer, self.batch_size = sampler, scorer, batch_size
+        self.decoder, self.decoder_checks = decoder, 0 if decoder is None else decoder_checks
         self.prompts = [] if prompts is None else prompt_texts(prompts)
         self.prompts_per_pool, self.prompts_per_batch = prompts_per_pool, prompts_per_batch
         self.seed, self.num_workers, self.min_pairs = seed, num_workers, min_pairs
@@ -519,12 +528,13 @@ class StepPoolDataModule(LightningDataModule):
             for chunk in chunks:
                 first = chunk * self.prompts_per_batch
                 with trainer.precision_plugin.forward_context():
-                    rollout = self._roll_out(numbers[first : first + self.prompts_per_batch], number, hidden)
+                    checked = max(0, self.decoder_checks - first)
+                    rollout = self._roll_out(numbers[first : first + self.prompts_per_batch], number, checked, hidden)
                 dtype = torch.float16 if self.latents_dtype == "float16" else torch.float32
                 pool.write(chunk, first * len(transitions), rollout, transitions, dtype)
                 bar.update()
 
-    def _roll_out(self, numbers: Sequence[int], pool: int, hidden: bool) -> Rollout:
+    def _roll_out(self, numbers: Sequence[int], pool: int, checked: int, hidden: bool) -> Rollout:
         texts = [self.prompts[number % len(self.prompts)] for number in numbers]
         with Tqdm(total=self.sampler.steps, desc="Steps", leave=False, disable=hidden) as bar:
             return self.sampler.sample(
@@ -534,6 +544,7 @@ class StepPoolDataModule(LightningDataModule):
                 SeededDraws(self.seed, pool, numbers),
                 decode=self.decoder,
                 after_step=lambda step: bar.update(step - bar.n),
+                checked=min(checked, len(numbers)),
             )
 
 

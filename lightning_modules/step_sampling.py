@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,10 +21,9 @@ from lightning_modules.batches import Conditioning, DenoiserQuery, StepPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import generator, randint, randn
-from lightning_modules.step_scoring import StepCandidates, StepScorer
+from lightning_modules.step_scoring import Decode, StepCandidates, StepScorer
 
 Continuation = Literal["random", "best", "worst"]
-Decode = Callable[[Tensor], Tensor]
 
 
 class Draws(ABC):
@@ -72,8 +72,11 @@ class Comparisons:
         scores: of every candidate.
         gaps: softmax([best, worst])[0] - [1].
         valid: whether the gap passed the sampler's threshold.
+        same_choice: of the n prompts that were judged behind the policy's own decoder too: whether the same candidate
+            scored highest and the same one lowest. n is 0 where nothing was checked.
+        same_valid: of these: whether both judgements pass the threshold, or neither.
         unet_evaluations: network evaluations of one sample each; guidance costs two.
-        decodes: pictures decoded.
+        decodes: pictures decoded, by either decoder.
     """
 
     timesteps: Int[Tensor, " m"]
@@ -81,6 +84,8 @@ class Comparisons:
     scores: Float[Tensor, "m k b"]
     gaps: Float[Tensor, "m b"]
     valid: Bool[Tensor, "m b"]
+    same_choice: Bool[Tensor, "m n"]
+    same_valid: Bool[Tensor, "m n"]
     unet_evaluations: int
     decodes: int
 
@@ -93,13 +98,23 @@ class Comparisons:
             torch.cat([part.scores for part in parts], dim=2),
             torch.cat([part.gaps for part in parts], dim=1),
             torch.cat([part.valid for part in parts], dim=1),
+            torch.cat([part.same_choice for part in parts], dim=1),
+            torch.cat([part.same_valid for part in parts], dim=1),
             sum(part.unet_evaluations for part in parts),
             sum(part.decodes for part in parts),
         )
 
     def metrics(self) -> dict[str, float]:
-        """Mean score, valid fraction and score gap, over all and by timestep (``score_gap/t751``), and the cost."""
+        """Mean score, valid fraction and score gap, over all and by timestep (``score_gap/t751``), and the cost.
+
+        Where the policy's own decoder was asked too, ``decoder_agreement`` is the fraction of these comparisons with
+        the same best and the same worst candidate behind both decoders (1 / (k (k - 1)) by chance), and
+        ``decoder_agreement_valid`` of those that both keep or both drop.
+        """
         means = {"score": self.scores.mean(dim=1), "valid_fraction": self.valid.float(), "score_gap": self.gaps}
+        if self.same_choice.numel():
+            means["decoder_agreement"] = self.same_choice.float()
+            means["decoder_agreement_valid"] = self.same_valid.float()
         metrics = {name: value.mean().item() for name, value in means.items()}
         for row, t in enumerate(self.timesteps.tolist()):
             metrics |= {f"{name}/t{t}": value[row].mean().item() for name, value in means.items()}
@@ -175,6 +190,7 @@ class StepSampler:
         decode: Decode | None = None,
         image_size: int | None = None,
         after_step: Callable[[int], None] = lambda step: None,
+        checked: int = 0,
     ) -> Rollout:
         """Roll out one trajectory a prompt and collect the valid pairs of its steps.
 
@@ -189,6 +205,8 @@ class StepSampler:
             decode: latents to pictures in [0, 1] in place of the policy's own decoder, such as a ``TinyDecoder``.
             image_size: side of the pictures in pixels; None is the policy's own.
             after_step: told the number of finished steps, for a progress bar.
+            checked: how many prompts, from the first on, are judged behind the policy's own decoder too, only to
+                see how far ``decode`` leads to the same choices; what is kept does not depend on it.
 
         Raises:
             ConfigError: a step without noise among the compared ones, or a score that is not finite.
@@ -197,7 +215,7 @@ class StepSampler:
         policy.eval()
         try:
             return self._walk(
-                _Walk(self, policy, scorer, tuple(prompts), draws, decode or policy.decode),
+                _Walk(self, policy, scorer, tuple(prompts), draws, decode or policy.decode, checked),
                 image_size or policy.image_size,
                 after_step,
             )
@@ -230,30 +248,6 @@ def best_and_worst(scores: Float[Tensor, "k b"]) -> tuple[Int[Tensor, "2 b"], Fl
     return choice, high - low
 
 
-def agreement(one: Comparisons, other: Comparisons) -> dict[str, float]:
-    """How alike two scorers, or one scorer behind two decoders, judge the same candidates.
-
-    The candidates are the same where two rollouts have equal draws, prompts and sampler, and the continuation is
-    "random", since then no score moves a trajectory.
-
-    Returns:
-        ``same_best``, ``same_worst``: fraction of comparisons that name the same candidate. ``same_order``: fraction
-        of all pairs of candidates of a prompt that are ordered alike; 1/2 is chance. ``same_valid``: fraction of
-        comparisons that both keep or both drop.
-    """
-    if one.scores.shape != other.scores.shape:
-        raise ValueError(f"comparisons of unequal rollouts: {one.scores.shape} and {other.scores.shape}")
-    signs = [(part.scores[:, :, None] - part.scores[:, None]).sign() for part in (one, other)]
-    left, right = torch.triu_indices(one.scores.shape[1], one.scores.shape[1], offset=1)
-    alike = {
-        "same_best": one.scores.argmax(dim=1) == other.scores.argmax(dim=1),
-        "same_worst": one.scores.argmin(dim=1) == other.scores.argmin(dim=1),
-        "same_order": signs[0][:, left, right] == signs[1][:, left, right],
-        "same_valid": one.valid == other.valid,
-    }
-    return {name: value.float().mean().item() for name, value in alike.items()}
-
-
 @dataclass
 class _Walk:
     """The state of one rollout: where b trajectories stand, and what they have left behind.
@@ -270,12 +264,13 @@ class _Walk:
     prompts: tuple[str, ...]
     draws: Draws
     decoder: Decode
+    checked: int
     unet_evaluations: int = 0
     decodes: int = 0
     output: Tensor | None = None
     pairs: list[StepPairs] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
-    comparisons: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    comparisons: list[tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def start(self, shape: tuple[int, ...]) -> None:
         """Encode the prompts and draw x_T."""
@@ -299,23 +294,41 @@ class _Walk:
         self.output = None
         ends = transitions[-1][1]
         candidates = self._candidates(ends, next_timestep)
-        k, b = self.sampler.candidates, len(self.prompts)
-        scores = self.scorer.score(candidates).float().reshape(k, b)
-        if not scores.isfinite().all():
-            raise ConfigError(
-                f"step scorer {type(self.scorer).__name__} gave a score that is not finite at t = {group[-1][0]}; "
-                "run it and the VAE in fp32"
-            )
+        scores = self._judge(candidates, at=group[-1][0])
         choice, gaps = best_and_worst(scores)
         valid = gaps > self.sampler.threshold
+        same_choice, same_valid = self._check(candidates, choice, valid, at=group[-1][0])
         for (before, after), (t, arrival) in zip(transitions, group):
             self._keep(before, after, t, arrival, choice, gaps, valid)
         judged_at = candidates.timesteps[:1]
-        self.comparisons.append((group[0][0], judged_at.cpu(), scores.cpu(), gaps.cpu(), valid.cpu()))
+        self.comparisons.append(
+            (group[0][0], judged_at.cpu(), scores.cpu(), gaps.cpu(), valid.cpu(), same_choice.cpu(), same_valid.cpu())
+        )
         if next_timestep is not None:
+            b = len(self.prompts)
             chosen = self._continue(scores) * b + torch.arange(b, device=self.device)
             self.latents = ends[chosen]
             self.output = None if self.output is None else self.output[chosen]
+
+    def _judge(self, candidates: StepCandidates, at: int) -> Float[Tensor, "k n"]:
+        scores = self.scorer.score(candidates).float().reshape(self.sampler.candidates, -1)
+        if not scores.isfinite().all():
+            raise ConfigError(
+                f"step scorer {type(self.scorer).__name__} gave a score that is not finite at t = {at}; "
+                "run it and the VAE in fp32"
+            )
+        return scores
+
+    def _check(
+        self, candidates: StepCandidates, choice: Int[Tensor, "2 b"], valid: Bool[Tensor, " b"], at: int
+    ) -> tuple[Bool[Tensor, " n"], Bool[Tensor, " n"]]:
+        """Of the prompts to check: whether the policy's own decoder leads to the same choice and validity."""
+        if self.checked == 0:
+            return valid[:0], valid[:0]
+        full = candidates.behind(partial(self._decode, decoder=self.policy.decode), self.checked)
+        others, gaps = best_and_worst(self._judge(full, at))
+        same_choice = (choice[:, : self.checked] == others).all(dim=0)
+        return same_choice, valid[: self.checked] == (gaps > self.sampler.threshold)
 
     def _branch(self, group: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """x_t and x_{t-1} ``[k b c h w]`` of each transition of the k candidates."""
@@ -341,7 +354,8 @@ class _Walk:
             return self.policy.schedule.predict_clean(self.output, ends, timesteps)[0]
 
         chance = self.draws.chance(k).to(self.device)
-        return StepCandidates(ends, timesteps, self.prompts * k, chance, predict_clean, self._decode)
+        decode = partial(self._decode, decoder=self.decoder)
+        return StepCandidates(ends, timesteps, self.prompts * k, chance, predict_clean, decode)
 
     def _keep(
         self, before: Tensor, after: Tensor, t: int, arrival: int, choice: Tensor, gaps: Tensor, valid: Tensor
@@ -388,18 +402,20 @@ class _Walk:
     def _noise(self, copies: int, shape: Sequence[int]) -> Tensor:
         return self.draws.randn(copies, shape).flatten(0, 1).to(self.device)
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor, decoder: Decode) -> Tensor:
         self.decodes += len(latents)
-        return torch.cat([self.decoder(part) for part in latents.split(self.sampler.decode_batch)])
+        return torch.cat([decoder(part) for part in latents.split(self.sampler.decode_batch)])
 
     def rollout(self) -> Rollout:
-        timesteps, judged_at, scores, gaps, valid = zip(*self.comparisons)
+        timesteps, judged_at, scores, gaps, valid, same_choice, same_valid = zip(*self.comparisons)
         comparisons = Comparisons(
             torch.tensor(timesteps),
             torch.cat(judged_at),
             torch.stack(scores),
             torch.stack(gaps),
             torch.stack(valid),
+            torch.stack(same_choice),
+            torch.stack(same_valid),
             self.unet_evaluations,
             self.decodes,
         )

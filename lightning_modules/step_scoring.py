@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_modules.rewards.base import RewardModel, StepRewardModel
+
+Decode = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n 3 H W"]]
 
 
 class StepCandidates:
@@ -33,7 +36,7 @@ class StepCandidates:
         prompts: tuple[str, ...],
         chance: Float[Tensor, "k b"],
         predict_clean: Callable[[], Float[Tensor, "n c h w"]],
-        decode: Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n 3 H W"]],
+        decode: Decode,
     ) -> None:
         self.latents, self.timesteps, self.prompts, self.chance = latents, timesteps, prompts, chance
         self._predict_clean, self._decode = predict_clean, decode
@@ -45,6 +48,15 @@ class StepCandidates:
     @cached_property
     def images(self) -> Float[Tensor, "n 3 H W"]:
         return self._decode(self.clean)
+
+    def behind(self, decode: Decode, prompts: int) -> StepCandidates:
+        """The candidates of the first ``prompts`` prompts, their pictures made by another decoder."""
+        k, b = self.chance.shape
+        rows = torch.arange(k * b).reshape(k, b)[:, :prompts].flatten()
+        here = rows.to(self.latents.device)
+        texts = tuple(self.prompts[row] for row in rows.tolist())
+        chance = self.chance[:, :prompts]
+        return StepCandidates(self.latents[here], self.timesteps[here], texts, chance, lambda: self.clean[here], decode)
 
 
 class StepScorer(nn.Module, ABC):

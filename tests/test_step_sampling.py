@@ -16,7 +16,7 @@ from lightning_modules.policies.tiny_decoder import TinyDecoder
 from lightning_modules.rewards import StepAwarePreferenceModel
 from lightning_modules.rewards.base import RewardModel, StepRewardModel
 from lightning_modules.schedule import NoiseSchedule
-from lightning_modules.step_sampling import Comparisons, Draws, SeededDraws, StepSampler, agreement, best_and_worst
+from lightning_modules.step_sampling import Comparisons, Draws, SeededDraws, StepSampler, best_and_worst
 from lightning_modules.step_scoring import (
     RandomScorer,
     RewardScorer,
@@ -424,45 +424,48 @@ def test_the_step_aware_preference_model_judges_the_decoded_predictions_at_their
 # Agreement
 
 
-def test_agreement_by_hand():
-    """The second judge swaps the lower two of three candidates in one of two comparisons."""
-    one = _comparisons([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]], valid=[True, True])
-    other = _comparisons([[9.0, 8.0, 7.0], [9.0, 7.0, 8.0]], valid=[True, False])
-    assert agreement(one, other) == {
-        "same_best": 1.0,
-        "same_worst": 0.5,
-        "same_order": pytest.approx(5 / 6),
-        "same_valid": 0.5,
-    }
-
-
-def _comparisons(scores, valid):
-    m = len(scores)
-    times = torch.arange(m)
-    return Comparisons(
-        times, times, torch.tensor(scores)[:, :, None], torch.zeros(m, 1), torch.tensor(valid)[:, None], 0, 0
-    )
-
-
-def test_a_tiny_decoder_sees_the_candidates_of_the_full_one(sd15, tmp_path):
-    """The trajectories don't depend on who decodes, so that two rollouts tell how far the decoders agree."""
-    torch.manual_seed(0)
-    blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
-    AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1)).save_pretrained(
-        tmp_path
-    )
-    tiny = TinyDecoder(str(tmp_path))
-    reward, draws = RewardScorer(Redness()), lambda: SeededDraws(0, 0, range(2))
+@pytest.mark.parametrize(
+    ("decode", "same_choice"),
+    [(lambda policy: policy.decode, True), (lambda policy: lambda latents: 1 - policy.decode(latents), False)],
+    ids=["the VAE itself", "its negative"],
+)
+def test_agreement_of_decoders_of_which_one_knows_the_answer(sd15, decode, same_choice):
+    """The negative's reddest picture is the least red one, by as much: nothing is chosen alike, all is kept alike."""
     sampler = StepSampler(**PLAIN | {"candidates": 4})
-    full = sampler.sample(sd15, reward, PROMPTS, draws())
-    rough = sampler.sample(sd15, reward, PROMPTS, draws(), decode=tiny)
-    again = sampler.sample(sd15, reward, PROMPTS, draws())
-    assert rough.comparisons.decodes == full.comparisons.decodes
-    assert not torch.equal(rough.comparisons.scores, full.comparisons.scores)
-    ends = {row.numpy().tobytes() for row in torch.cat([full.pairs.latents, rough.pairs.latents])}
-    assert len(ends) == 6  # three branchings of two prompts, whoever judged
-    assert set(agreement(full.comparisons, again.comparisons).values()) == {1.0}
-    assert 0 <= agreement(full.comparisons, rough.comparisons)["same_order"] <= 1
+    found = sampler.sample(
+        sd15, RewardScorer(Redness()), PROMPTS, SeededDraws(0, 0, range(2)), decode=decode(sd15), checked=2
+    )
+    same = found.comparisons
+    assert same.same_choice.shape == same.same_valid.shape == (3, 2)
+    assert (same.same_choice == same_choice).all()
+    assert same.same_valid.all()
+    assert same.metrics()["decoder_agreement"] == float(same_choice)
+
+
+def test_checking_a_tiny_decoder_changes_no_pair_asks_no_network_again_and_is_counted(sd15, tmp_path, unet_calls):
+    torch.manual_seed(0)
+    tiny = TinyDecoder(str(tiny_autoencoder(tmp_path)))
+    sampler = StepSampler(**PLAIN | {"candidates": 4})
+    plain, checked = (
+        sampler.sample(
+            sd15, RewardScorer(Redness()), PROMPTS, SeededDraws(0, 0, range(2)), decode=tiny, checked=checked
+        )
+        for checked in (0, 1)
+    )
+    assert len(unet_calls) == 2 * 4
+    assert torch.equal(plain.pairs.chosen, checked.pairs.chosen)
+    assert torch.equal(plain.comparisons.scores, checked.comparisons.scores)
+    # Three comparisons of four candidates of one of the two prompts.
+    assert checked.comparisons.decodes == plain.comparisons.decodes + 3 * 4 * 1
+    assert checked.comparisons.unet_evaluations == plain.comparisons.unet_evaluations
+    assert not any("agreement" in name for name in plain.comparisons.metrics())
+    assert 0 <= checked.comparisons.metrics()["decoder_agreement"] < 1
+
+
+def tiny_autoencoder(folder):
+    blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    AutoencoderTiny(**blocks, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).save_pretrained(folder)
+    return folder
 
 
 def test_a_tiny_decoder_reads_the_vaes_scaled_latents(tmp_path):
@@ -485,6 +488,8 @@ def test_metrics_by_hand():
         scores=torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 5.0], [5.0, 5.0]]]),
         gaps=torch.tensor([[0.5, 0.1], [0.0, 0.0]]),
         valid=torch.tensor([[True, False], [False, False]]),
+        same_choice=torch.tensor([[True], [False]]),
+        same_valid=torch.tensor([[True], [True]]),
         unet_evaluations=7,
         decodes=4,
     )
@@ -494,6 +499,8 @@ def test_metrics_by_hand():
     assert metrics["valid_fraction/t751"] == 0.5
     assert metrics["score_gap/t751"] == pytest.approx(0.3)
     assert metrics["score/t701"] == 5.0
+    assert (metrics["decoder_agreement"], metrics["decoder_agreement/t751"]) == (0.5, 1.0)
+    assert metrics["decoder_agreement_valid"] == 1.0
     assert (metrics["unet_evaluations"], metrics["decodes"]) == (7, 4)
 
 

@@ -17,7 +17,7 @@ class TinyDecoder(nn.Module):
     """Decodes a policy's latents as ``DiffusionPolicy.decode`` does, roughly and cheaply. Frozen.
 
     With the full decoder, decoding is the largest part of an SPO iteration: 43% of its multiply-accumulates at
-    SD 1.5's size. Whether a scorer still judges alike is what ``step_sampling.agreement`` tells.
+    SD 1.5's size. Whether a scorer still judges alike is what a pool's ``decoder_agreement`` tells.
 
     Args:
         pretrained: folder or hub id of a diffusers ``AutoencoderTiny`` for the policy's latent space:
