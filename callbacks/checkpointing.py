@@ -3,57 +3,107 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
+import struct
+import time
 import warnings
+import zipfile
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import proxy
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from lightning_modules.errors import ConfigError, DataError, UserError
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """A checkpoint appears under its name complete or not at all.
 
     Written beside its target (a rename is atomic only within one file system; a temporary folder may be on
-    another), flushed to the disk, renamed. What a killed writer leaves behind ends in ``.part`` and is
-    overwritten by the next.
+    another), flushed to the disk, renamed. What a killed writer leaves behind ends in ``.part``.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
+        """
+        Raises:
+            DataError: the disk does not take it; what was there under this name before is whole.
+        """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(target)
+        except (OSError, RuntimeError) as error:
+            # torch's writer follows a failed write with an error of its own.
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise DataError(
+                f"cannot write the checkpoint {target}: {reason.strerror or reason}; older checkpoints there are "
+                "whole: make room or move the run folder, then go on with --ckpt_path auto"
+            ) from error
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 class RunCheckpoint(ModelCheckpoint):
     """The newest few checkpoints and ``last.ckpt``, in the run folder's ``checkpoints``.
 
+    Saves every so many steps or minutes, when a pool is used up (sampling the next may take longer than training on
+    it), on a signal (``Preemption``), and at the end of the training. All of them count alike.
+
     Args:
-        every_n_steps: optimizer steps between checkpoints. There is always one at the end of the training.
-        keep: how many to keep beside ``last.ckpt``; -1 keeps all.
+        every_n_steps: optimizer steps between checkpoints.
+        keep: how many to keep beside ``last.ckpt``, the newest; -1 keeps all.
+        every_n_minutes: save also at the end of the first optimizer step that many minutes after the last save.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        DataError: a checkpoint cannot be written.
     """
 
-    def __init__(self, every_n_steps: int = 500, keep: int = 2) -> None:
+    def __init__(self, every_n_steps: int = 500, keep: int = 2, every_n_minutes: float | None = None) -> None:
+        if every_n_steps < 1 or keep < -1 or (every_n_minutes is not None and every_n_minutes <= 0):
+            raise ConfigError(
+                "RunCheckpoint wants every_n_steps of at least 1, keep of at least -1 (which keeps all) and "
+                f"every_n_minutes above 0 or null, got {every_n_steps}, {keep} and {every_n_minutes}"
+            )
         super().__init__(
             filename="step={step:07d}",
             auto_insert_metric_name=False,
-            # The newest are those with the highest step: without a monitor Lightning keeps one, all or none.
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
+            save_top_k=-1,  # which to keep is decided by what lies in the folder: a list in memory dies with a process
             save_last=True,  # a copy; a link can dangle when the process is killed between its two steps
             enable_version_counter=False,  # else a resumed run writes last-v1.ckpt beside last.ckpt
             every_n_train_steps=every_n_steps,
         )
+        self.every_n_steps, self.keep, self.every_n_minutes = every_n_steps, keep, every_n_minutes
+        self._saved_at = 0.0
+        self._step = 0
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__qualname__  # other settings don't make it another callback
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
@@ -61,16 +111,70 @@ class RunCheckpoint(ModelCheckpoint):
             # It is when a run is resumed; the command line refuses to start another run there.
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero:
+            for left in Path(self.dirpath).glob("*.ckpt.part"):  # by a writer that was killed
+                left.unlink(missing_ok=True)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["dirpath"] == self.dirpath:  # another run's list of files says nothing about this run's folder
-            super().load_state_dict(state_dict)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_at, self._step = time.monotonic(), trainer.global_step
+        newest = newest_checkpoint(Path(str(self.dirpath)))
+        here = newest is not None and trainer.ckpt_path is not None and newest.samefile(trainer.ckpt_path)
+        if trainer.strategy.broadcast(here):
+            self._last_global_step_saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._step:
+            return  # gradients are being accumulated
+        self._step = step
+        pools = trainer.reload_dataloaders_every_n_epochs == 1  # type: ignore[attr-defined]  # put there by a connector
+        pool_used_up = pools and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if step % self.every_n_steps == 0 or pool_used_up or self._minutes_are_over(trainer):
+            self.save_now(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+        self.save_now(trainer)
+
+    def save_now(self, trainer: pl.Trainer) -> None:
+        """Write what the run stands at, unless its step is saved already; all ranks must call it."""
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.keep != 0:
+            self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
+        self._save_last_checkpoint(trainer, candidates)
+        self._saved_at = time.monotonic()
+        if self.keep > 0:
+            named = [file for file in Path(str(self.dirpath)).glob("step=*.ckpt") if _STEP_NAME.fullmatch(file.name)]
+            for file in sorted(named, key=_written)[: -self.keep]:
+                trainer.strategy.remove_checkpoint(file)  # on rank 0
+
+    def _minutes_are_over(self, trainer: pl.Trainer) -> bool:
+        """By the clock of rank 0."""
+        if self.every_n_minutes is None:
+            return False
+        over = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        return trainer.strategy.reduce_boolean_decision(over and trainer.is_global_zero, all=False)
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """As Lightning's, but when rank 0 fails, the others don't wait for it in a barrier."""
+        failure: UserError | None = None
+        try:
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+            trainer.strategy.save_checkpoint(checkpoint, filepath)
+        except UserError as error:
+            failure = error
+        fine = trainer.strategy.reduce_boolean_decision(failure is None, all=True)
+        if failure is not None:
+            raise failure
+        if not fine:
+            raise DataError("another process of this run could not write the checkpoint; its message says why")
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
 
 
 class ExactResume(Callback):
@@ -97,5 +201,71 @@ class ExactResume(Callback):
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint in ``folder`` that was written last; ``last.ckpt`` where it is as new as any."""
-    files = list(folder.glob("*.ckpt"))
-    return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name == "last.ckpt"), default=None)
+    return next(iter(_newest_first(folder)), None)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder offers to go on from.
+
+    Attributes:
+        checkpoint: the newest whole one, or None.
+        damaged: what is wrong with the newer ones, by file, newest first.
+    """
+
+    checkpoint: Path | None
+    damaged: dict[Path, str]
+
+
+def newest_whole_checkpoint(folder: Path) -> Found:
+    """The newest checkpoint that nothing is wrong with."""
+    damaged: dict[Path, str] = {}
+    for file in _newest_first(folder):
+        reason = damage(file)
+        if reason is None:
+            return Found(file, damaged)
+        damaged[file] = reason
+    return Found(None, damaged)
+
+
+def damage(file: Path) -> str | None:
+    """What is wrong with a checkpoint file, or None.
+
+    All of it is read and its checksums compared, which finds a file that is empty, cut short anywhere, overwritten, or
+    has a changed byte in any weight; then its structure is loaded, without the weights. The folders that sharded
+    strategies write are not looked into.
+    """
+    if file.is_dir():
+        return None
+    try:
+        if file.stat().st_size == 0:
+            return "is empty"
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    except _UNREADABLE:
+        return "is cut short or no checkpoint"
+    if broken is not None:
+        return f"is damaged (checksum of {broken})"
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (*_UNREADABLE, pickle.UnpicklingError, OSError):
+        return "is no checkpoint that can be loaded"
+    if not isinstance(content, dict) or not {"state_dict", "loops", "global_step"} <= content.keys():
+        return "holds something other than a run's checkpoint"
+    return None
+
+
+# What zipfile, and torch's reader, raise for bytes that mean nothing.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, LookupError, ValueError, OverflowError,
+               RuntimeError, AttributeError, TypeError)  # fmt: skip
+_STEP_NAME = re.compile(r"step=\d+\.ckpt")
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.ckpt"), key=lambda file: (_written(file), file.name == "last.ckpt"), reverse=True)
+
+
+def _written(file: Path) -> int:
+    return file.stat().st_mtime_ns

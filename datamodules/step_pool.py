@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,7 +208,10 @@ class StepPoolDataModule(LightningDataModule):
         self.keep_pools, self.latents_dtype = keep_pools, latents_dtype
         self.fill, self.reuse = fill, reuse
         self._place: Place | None = None
-        self._saved: str | None = None  # the pool that the newest checkpoint stands in
+        # The pools that the newest two checkpoints stand in, by step: the newest may turn out to be damaged.
+        self._saved: dict[int, str] = {}
+        # Called on every rank before each chunk: where a run that is told to end can leave.
+        self.between_chunks: Callable[[], None] = lambda: None
 
     # ------------------------------------------------------------------------------------- checks
 
@@ -269,7 +273,11 @@ class StepPoolDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands: plain numbers and strings, the same on every rank."""
-        self._saved = None if self._place is None else self._place.name
+        place = self._place
+        within = place is not None and self._seen() < place.batches
+        step = self._running.global_step
+        newer = {**self._saved, step: place.name if place is not None and within else ""}
+        self._saved = {step: newer[step] for step in list(newer)[-2:]}
         return {"place": None if self._place is None else asdict(self._place), "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -285,7 +293,7 @@ class StepPoolDataModule(LightningDataModule):
                 "same, or start a new run from the exported weights"
             )
         self._place = None if state["place"] is None else Place(**state["place"])
-        self._saved = None if self._place is None else self._place.name
+        self._saved = {} if self._place is None else {-1: self._place.name}  # the step is not restored yet
 
     # ------------------------------------------------------------------------------------- loaders
 
@@ -423,7 +431,7 @@ class StepPoolDataModule(LightningDataModule):
         if not self._running.is_global_zero:
             return
         for folder in self._pools().iterdir():
-            if _POOL_NAME.fullmatch(folder.name) and folder.name not in (name, self._saved):
+            if _POOL_NAME.fullmatch(folder.name) and folder.name not in (name, *self._saved.values()):
                 shutil.rmtree(folder, ignore_errors=True)  # what cannot be deleted is only in the way
 
     # ------------------------------------------------------------------------------------- making a pool
@@ -440,7 +448,7 @@ class StepPoolDataModule(LightningDataModule):
             return name
         self._together(pool.create)
         missing = trainer.strategy.broadcast(pool.missing())
-        self._together(lambda: self._sample(pool, number, numbers, self._mine(missing)))
+        self._sample(pool, number, numbers, self._mine(missing))
         if self.fill is None:
             self._together(pool.wait_for_chunks)
         self._together(lambda: self._complete(pool, settings))
@@ -469,11 +477,15 @@ class StepPoolDataModule(LightningDataModule):
         if not fine:
             raise DataError("another process of this run could not make its part of the pool; its message says why")
 
-    def _mine(self, missing: Sequence[int]) -> Sequence[int]:
-        """This rank's chunks: dealt out of what is missing, but among jobs of an array by number."""
+    def _mine(self, missing: Sequence[int]) -> Sequence[int | None]:
+        """This rank's chunks: dealt out of what is missing, but among jobs of an array by number.
+
+        Equally many on every rank: None where there is one too few.
+        """
         part, parts = self.fill or (0, 1)
         wanted = [chunk for chunk in missing if chunk % parts == part]
-        return wanted[self._running.global_rank :: self._running.world_size]
+        rank, world = self._running.global_rank, self._running.world_size
+        return [wanted[first + rank] if first + rank < len(wanted) else None for first in range(0, len(wanted), world)]
 
     def _settings(self, number: int) -> dict[str, Any]:
         """All that shapes a pool, as plain values."""
@@ -516,8 +528,8 @@ class StepPoolDataModule(LightningDataModule):
             numbers.append(turn * total + order[position % total])
         return numbers
 
-    def _sample(self, pool: PoolFolder, number: int, numbers: Sequence[int], chunks: Sequence[int]) -> None:
-        """Roll out the prompts of some chunks and write each."""
+    def _sample(self, pool: PoolFolder, number: int, numbers: Sequence[int], chunks: Sequence[int | None]) -> None:
+        """Roll out the prompts of some chunks and write each; all ranks keep step, so that they can leave together."""
         trainer, sampler, policy = self._running, self.sampler, self._policy
         self._judge.to(policy.device)
         if self.decoder is not None:
@@ -526,13 +538,27 @@ class StepPoolDataModule(LightningDataModule):
         hidden = not (trainer.is_global_zero and trainer.progress_bar_callback is not None)
         with Tqdm(total=len(chunks), desc=f"Pool {number}", leave=False, disable=hidden) as bar:
             for chunk in chunks:
-                first = chunk * self.prompts_per_batch
-                with trainer.precision_plugin.forward_context():
-                    checked = max(0, self.decoder_checks - first)
-                    rollout = self._roll_out(numbers[first : first + self.prompts_per_batch], number, checked, hidden)
-                dtype = torch.float16 if self.latents_dtype == "float16" else torch.float32
-                pool.write(chunk, first * len(transitions), rollout, transitions, dtype)
+                self.between_chunks()
+                self._together(partial(self._sample_chunk, pool, number, numbers, chunk, transitions, hidden))
                 bar.update()
+
+    def _sample_chunk(
+        self,
+        pool: PoolFolder,
+        number: int,
+        numbers: Sequence[int],
+        chunk: int | None,
+        transitions: list[int],
+        hidden: bool,
+    ) -> None:
+        if chunk is None:
+            return
+        first = chunk * self.prompts_per_batch
+        with self._running.precision_plugin.forward_context():
+            checked = max(0, self.decoder_checks - first)
+            rollout = self._roll_out(numbers[first : first + self.prompts_per_batch], number, checked, hidden)
+        dtype = torch.float16 if self.latents_dtype == "float16" else torch.float32
+        pool.write(chunk, first * len(transitions), rollout, transitions, dtype)
 
     def _roll_out(self, numbers: Sequence[int], pool: int, checked: int, hidden: bool) -> Rollout:
         texts = [self.prompts[number % len(self.prompts)] for number in numbers]
