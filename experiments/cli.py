@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,15 +12,24 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 
-from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint, newest_checkpoint
+from callbacks.checkpointing import (
+    AtomicCheckpointIO,
+    ExactResume,
+    RunCheckpoint,
+    damage,
+    newest_checkpoint,
+    newest_whole_checkpoint,
+)
 from callbacks.pictures import SavePictures
-from experiments.compose import JOBS, CommandLine, packaged_configs
+from callbacks.preemption import Preemption
+from callbacks.sample_grid import SampleGrid
+from callbacks.win_rate import WinRate
+from experiments.compose import JOBS, CommandLine, packaged_configs, settings
 from experiments.explain import explain
 from lightning_modules.errors import ConfigError, UserError
-
-log = logging.getLogger(__name__)
 
 
 class OneLineParser(LightningArgumentParser):
@@ -88,11 +97,12 @@ class ExperimentCLI(LightningCLI):
         )
         parser.add_argument(
             "--ckpt_path",
+            "--resume",
             type=str | None,
             default=None,
             help=(
-                "A checkpoint to go on from or to evaluate: a path; 'last', the run folder's newest; 'auto' (fit), "
-                "the newest if there is one; 'none' (validate, test, predict), the weights that the config names."
+                "A checkpoint to go on from or to evaluate: a path; 'last', the run folder's newest whole one; 'auto' "
+                "(fit), the same if there is any; 'none' (validate, test, predict), the weights that the config names."
             ),
         )
 
@@ -106,7 +116,13 @@ class ExperimentCLI(LightningCLI):
         """Settle where the run lives and what it starts from before anything large is built."""
         given = self.config.run_dir or self.config.trainer.default_root_dir
         self.run_dir = Path(given or Path("runs") / self.line.run_name)
+        _check_writable(self.run_dir)
         self.config.trainer.default_root_dir = str(self.run_dir)
+        given = dict(settings(self.line.overrides))  # the parser takes the last of both words
+        if given.get("resume", given.get("ckpt_path")) != given.get("ckpt_path", given.get("resume")):
+            raise ConfigError(
+                f"--resume {given['resume']} and --ckpt_path {given['ckpt_path']} are two words for one thing; give one"
+            )
         self.checkpoint = self._checkpoint(self.config.ckpt_path)
 
     def instantiate_classes(self) -> None:
@@ -133,6 +149,10 @@ class ExperimentCLI(LightningCLI):
             if _one_process_writes(config["strategy"]):
                 plugins = config["plugins"] or []
                 config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        if self.line.job == "fit":
+            # After what counts a batch, before what may take minutes at its end.
+            slow = [callback for callback in callbacks if isinstance(callback, SampleGrid | WinRate)]
+            callbacks = [*(callback for callback in callbacks if callback not in slow), Preemption(), *slow]
         config["callbacks"] = callbacks
         try:
             return self._instantiate_trainer(config, [self._get(self.config_init, "pictures")])
@@ -164,23 +184,60 @@ class ExperimentCLI(LightningCLI):
             ConfigError: there is none where one was asked for, or a new run would overwrite an old one.
         """
         folder = self.run_dir / "checkpoints"
-        found = newest_checkpoint(folder)
         fits = self.line.job == "fit"
-        if asked == "last" or (asked is None and not fits) or (asked == "auto" and found is not None):
-            if found is None:
+        if asked is None and fits:
+            found = newest_checkpoint(folder)
+            if found is not None:
+                raise ConfigError(
+                    f"{folder} already holds a run ({found}); go on with --ckpt_path last, or give another --run_dir"
+                )
+            return None
+        if asked in ("last", "auto", None):
+            newest = self._newest(folder)
+            if newest is None and not (fits and asked == "auto"):
                 remedy = "start without --ckpt_path" if fits else "fit first, or evaluate with --ckpt_path none"
                 raise ConfigError(f"no checkpoint in {folder}; {remedy}, or point --run_dir at the run that you mean")
-            log.info("from checkpoint %s", found)
-            return found
-        if asked in ("auto", "none") or (asked is None and found is None):
+            return newest
+        if asked == "none":
             return None
-        if asked is None:
-            raise ConfigError(
-                f"{folder} already holds a run ({found}); go on with --ckpt_path last, or give another --run_dir"
-            )
         if not Path(asked).is_file():
             raise ConfigError(f"checkpoint {asked} does not exist; give a file, or 'last' for the newest in {folder}")
+        reason = damage(Path(asked))
+        if reason is not None:
+            raise ConfigError(f"checkpoint {asked} {reason}; give another, or 'last' for the newest in {folder}")
         return Path(asked)
+
+    def _newest(self, folder: Path) -> Path | None:
+        """The newest whole checkpoint, None where there are none at all; tells of damaged ones.
+
+        Raises:
+            ConfigError: all are damaged. Starting anew would not be what was asked for.
+        """
+        found = newest_whole_checkpoint(folder)
+        if not found.damaged:
+            return found.checkpoint
+        told = ", ".join(f"{file} {reason}" for file, reason in found.damaged.items())
+        if found.checkpoint is None:
+            raise ConfigError(
+                f"no checkpoint is whole: {told}; bring one back from a copy, or start anew with another --run_dir"
+            )
+        rank_zero_info(f"{told}; taking the one before, {found.checkpoint}")
+        return found.checkpoint
+
+
+def _check_writable(folder: Path) -> None:
+    """Before anything large is built; nothing is made yet.
+
+    Raises:
+        ConfigError: the run folder can't be made or written to.
+    """
+    for place in (folder, folder / "checkpoints"):
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise ConfigError(f"run folder {folder}: {place} is no folder; give another --run_dir")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"run folder {folder}: {place} cannot be written to; give another --run_dir")
 
 
 def _one_process_writes(strategy: Any) -> bool:
