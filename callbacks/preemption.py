@@ -182,10 +182,12 @@ def requeue() -> None:
     job = slurm_job()
     if job is None:
         return None
-    # scancel, too, sends SIGTERM, and SLURM would requeue even a cancelled job.
+    # scancel, too, sends SIGTERM, and SLURM would requeue even a cancelled job. Until its processes have left it is
+    # COMPLETING, as is a job that SLURM has preempted and requeued itself; a job within its time to leave is RUNNING.
     answer = _scontrol("show", "job", "--oneliner", job)
-    if re.search(r"\bJobState=CANCELLED", answer.stdout):
-        return _tell(f"SLURM job {job} was cancelled: not requeued")
+    state = re.search(r"\bJobState=(\w+)", answer.stdout)
+    if state is not None and state[1] != "RUNNING":
+        return _tell(f"SLURM job {job} was cancelled or preempted ({state[1]}): not requeued by this run")
     answer = _scontrol("requeue", job)
     if answer.returncode == 0:
         return _tell(f"requeued SLURM job {job}")
