@@ -8,6 +8,7 @@ file). ``manifest.json`` comes last: with it the pool is an ordinary folder of s
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datamodules.bad_samples import BadSampleError
+from datamodules.files import read_json, write_json
 from datamodules.shards import (
     MANIFEST,
     Manifest,
@@ -24,9 +27,7 @@ from datamodules.shards import (
     ShardInfo,
     ShardSet,
     open_shards,
-    read_json,
     step_members,
-    write_json,
     write_shard,
 )
 from lightning_modules.batches import StepPairs
@@ -59,13 +60,16 @@ class PoolFolder:
     def create(self) -> None:
         """
         Raises:
-            DataError: the folder cannot be made.
+            DataError: the folder cannot be made, or not be written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # One that exists may be read-only, and should say so before hours of sampling.
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
         except OSError as error:
             raise DataError(
-                f"cannot make the pool folder {self.path}: {error.strerror or error}; "
+                f"cannot make the pool folder {self.path} or write to it: {error.strerror or error}; "
                 "give a folder that can be written to as data.pools_dir"
             ) from error
 
@@ -120,8 +124,9 @@ class PoolFolder:
         try:
             shards = tuple(ShardInfo(**record["shard"]) for record in records if record["shard"] is not None)
             comparisons = Comparisons.cat([_from_json(record["comparisons"]) for record in records])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{self.path}: a chunk's record is damaged ({error}); delete the pool's folder") from error
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{self.path}: a chunk's record is damaged ({reason}); delete the pool's folder") from error
         counts = {
             "prompts": comparisons.gaps.shape[1],
             "comparisons": comparisons.gaps.numel(),
@@ -152,6 +157,15 @@ def read_manifest(folder: Path) -> Manifest:
     manifest = Manifest.read(folder / MANIFEST)
     if manifest.kind != "steps":
         raise DataError(f"{folder} holds {manifest.kind}, not pairs of denoising steps; name a pool's folder")
+    sampler = manifest.settings.get("sampler")
+    needed = (
+        (manifest.counts, ["pairs", "prompts"]),
+        (manifest.statistics, [f"score_gap/quantile{q}" for q in QUANTILES]),
+        (sampler if isinstance(sampler, dict) else {}, ["steps", "threshold", "eta", "guidance_scale"]),
+    )
+    missing = [name for there, names in needed for name in names if name not in there]
+    if missing or manifest.counts["pairs"] != sum(shard.samples for shard in manifest.shards):
+        raise DataError(f"{folder / MANIFEST} is damaged or no pool's; delete the pool's folder, a run makes it anew")
     return manifest
 
 
@@ -166,8 +180,10 @@ def step_pair(sample: Sample, index: int) -> StepPairs:
     Raises:
         DataError: the sample is damaged.
     """
-    info, latents = sample.info(), sample.tensors("step")
     try:
+        info, latents = sample.info(), sample.tensors("step", latents=3, chosen=3, rejected=3)
+        if len({value.shape for value in latents.values()}) != 1:
+            raise sample.bad("its tensors have different shapes")
         apart = latents["rejected_latents"].float()[None] if "rejected_latents" in latents else None
         return StepPairs(
             latents=latents["latents"].float()[None],
@@ -180,12 +196,23 @@ def step_pair(sample: Sample, index: int) -> StepPairs:
             indices=torch.tensor([index]),
             rejected_latents=apart,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{sample.name}: no whole step ({error}); delete its pool") from error
+    except BadSampleError as error:
+        raise DataError(f"{error.sample}; delete its pool, a run makes it anew") from error
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise DataError(
+            f"{sample.bad(f'no whole step ({error})').sample}; delete its pool, a run makes it anew"
+        ) from error
 
 
 def collate_steps(parts: Sequence[StepPairs]) -> StepPairs:
-    """One batch from batches of one pool."""
+    """One batch from batches of one pool.
+
+    Raises:
+        DataError: they are not alike.
+    """
+    forms = {(part.latents.shape, part.rejected_latents is None) for part in parts}
+    if len(forms) > 1:
+        raise DataError("a pool's pairs have different shapes; it was put together of several, delete it")
 
     def stacked(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])
@@ -260,14 +287,23 @@ def _to_json(comparisons: Comparisons) -> dict[str, Any]:
 
 
 def _from_json(value: Mapping[str, Any]) -> Comparisons:
-    return Comparisons(
-        timesteps=torch.tensor(value["timesteps"]),
-        judged_at=torch.tensor(value["judged_at"]),
+    """
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: a record that is not what ``_to_json`` makes.
+    """
+    gaps = torch.tensor(value["gaps"], dtype=torch.float32)
+    found = Comparisons(
+        timesteps=torch.tensor(value["timesteps"], dtype=torch.int64),
+        judged_at=torch.tensor(value["judged_at"], dtype=torch.int64),
         scores=torch.tensor(value["scores"], dtype=torch.float32),
-        gaps=torch.tensor(value["gaps"], dtype=torch.float32),
+        gaps=gaps,
         valid=torch.tensor(value["valid"], dtype=torch.bool),
         same_choice=torch.tensor(value["same_choice"], dtype=torch.bool),
         same_valid=torch.tensor(value["same_valid"], dtype=torch.bool),
-        unet_evaluations=value["unet_evaluations"],
-        decodes=value["decodes"],
+        unet_evaluations=int(value["unet_evaluations"]),
+        decodes=int(value["decodes"]),
     )
+    prompts = gaps.shape[1:]
+    if not gaps.numel() or found.valid.shape != gaps.shape or found.scores.shape[::2] != (len(gaps), *prompts):
+        raise ValueError(f"gaps of shape {tuple(gaps.shape)}, scores of shape {tuple(found.scores.shape)}")
+    return found

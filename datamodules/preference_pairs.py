@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,19 @@ from jaxtyping import Float
 from lightning import LightningDataModule
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from datamodules.loading import Caught, PairLoader, as_it_is, ignore_signals
+from datamodules import bad_samples
+from datamodules.bad_samples import BadSamples
+from datamodules.download import Downloads
+from datamodules.loading import Caught, OrderedSamples, PairLoader, as_it_is, ignore_signals
 from datamodules.shards import (
+    MAX_PICTURE_PIXELS,
     LatentsKey,
     Sample,
     ShardSet,
     ShuffledOrder,
     StoredOrder,
-    decode_picture,
     open_shards,
 )
 from lightning_modules.batches import Conditioning, LatentPairs, PreferencePairs
@@ -33,6 +35,9 @@ from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import generator, rand
 
+log = logging.getLogger(__name__)
+
+MAX_EXAMPLES_PER_PROMPT = 1e9
 # What an autoencoder's latents and a CLIP text encoder's outputs depend on besides their weights.
 _CONFIG_FIELDS = ("scaling_factor", "shift_factor", "hidden_act", "num_attention_heads", "layer_norm_eps")
 
@@ -64,6 +69,9 @@ class PairTransform:
         Args:
             chosen, rejected: RGB pictures.
             source: of the flip and the crop; None for a centre crop without a flip.
+
+        Raises:
+            DataError: a picture is so narrow that resizing would make it larger than ``MAX_PICTURE_PIXELS``.
         """
         flip, across, down = (0.0, 0.5, 0.5) if source is None else rand([source] * 3).tolist()
         mirror = source is not None and self.horizontal_flip and flip < 0.5
@@ -77,9 +85,10 @@ class PairTransform:
     ) -> tuple[Float[Tensor, "3 H W"], Float[Tensor, " 6"]]:
         side, (width, height) = self.resolution, image.size
         scale = side / min(width, height)
-        resized = image.resize(
-            (max(side, round(width * scale)), max(side, round(height * scale))), Image.Resampling.BICUBIC
-        )
+        size = max(side, round(width * scale)), max(side, round(height * scale))
+        if size[0] * size[1] > max(MAX_PICTURE_PIXELS, side * side):
+            raise DataError(f"a picture of {width}x{height} px is too narrow to be resized to {side} px")
+        resized = image.resize(size, Image.Resampling.BICUBIC)
         # int() rounds down: 0.5 gives the same centre crop as torchvision and never leaves the picture.
         left = int(position[0] * (resized.width - side))
         top = int(position[1] * (resized.height - side))
@@ -94,11 +103,12 @@ class PairTransform:
 # ------------------------------------------------------------------------------------------ data sets
 
 
-class PixelPairs(Dataset[PreferencePairs]):
+class PixelPairs(OrderedSamples):
     """Item n of the run's stream as a batch of one; flip and crop are drawn from (seed, n).
 
     Raises:
-        DataError: a sample is damaged; the message names shard and key.
+        BadSampleError: a sample is damaged; the message names shard and key.
+        DataError: a shard is.
     """
 
     def __init__(
@@ -109,13 +119,15 @@ class PixelPairs(Dataset[PreferencePairs]):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, n: int) -> PreferencePairs:
-        sample = self.shards.read(*self.order[n])
+    def item(self, n: int, place: int) -> PreferencePairs:
+        sample = self.shards.read(*self.order[place])
         info = sample.info()
         source = None if self.seed is None else generator(self.seed, "augmentation", n)
-        chosen, rejected, chosen_ids, rejected_ids = self.transform(
-            _picture(sample, "chosen"), _picture(sample, "rejected"), source
-        )
+        images = sample.image("chosen"), sample.image("rejected")
+        try:
+            chosen, rejected, chosen_ids, rejected_ids = self.transform(*images, source)
+        except DataError as error:
+            raise sample.bad(str(error)) from error
         return PreferencePairs(
             chosen[None],
             rejected[None],
@@ -123,31 +135,17 @@ class PixelPairs(Dataset[PreferencePairs]):
             chosen_ids[None],
             rejected_ids[None],
             torch.tensor([n]),
-            torch.tensor([_number(sample, info, "label", 0.5, 1.0)]),
-            1 / torch.tensor([_number(sample, info, "num_example_per_prompt", 1.0, math.inf)]),
+            torch.tensor([sample.number(info, "label", 0.5, 1.0)]),
+            1 / torch.tensor([sample.number(info, "num_example_per_prompt", 1.0, MAX_EXAMPLES_PER_PROMPT)]),
         )
 
 
-def _number(sample: Sample, info: dict[str, Any], name: str, low: float, high: float) -> float:
-    """A field of a pair's information; 1 where the data set has none."""
-    value = info.get(name, 1.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise DataError(f"{sample.name}: {name} must lie in [{low}, {high}], got {value!r}; prepare the shards again")
-    return float(value)
-
-
-def _picture(sample: Sample, role: str) -> Image.Image:
-    try:
-        return decode_picture(sample.picture(role))
-    except DataError as error:
-        raise DataError(f"{sample.name}, {role}: {error}; prepare the shards again, which drops such pairs") from error
-
-
-class EncodedPairs(Dataset[LatentPairs]):
+class EncodedPairs(OrderedSamples):
     """Item n of the run's stream as a batch of one, from shards of latents: crop and flip are as encoded.
 
     Raises:
-        DataError: a sample is damaged; the message names shard and key.
+        BadSampleError: a sample is damaged; the message names shard and key.
+        DataError: a shard is.
     """
 
     def __init__(self, shards: ShardSet, order: ShuffledOrder | StoredOrder) -> None:
@@ -156,29 +154,48 @@ class EncodedPairs(Dataset[LatentPairs]):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, n: int) -> LatentPairs:
-        shard, row = self.order[n]
+    def item(self, n: int, place: int) -> LatentPairs:
+        shard, row = self.order[place]
         sample = self.shards.read(shard, row)
-        info, latents = sample.info(), sample.tensors("latents")
+        info, latents = sample.info(), sample.tensors("latents", chosen=3, rejected=3)
+        if latents["chosen"].shape != latents["rejected"].shape:
+            raise sample.bad("its two latents have different shapes")
         embeds = self.shards.read_embeds(shard, sample, info)
-        try:
-            pooled = embeds["pooled"].float()[None] if "pooled" in embeds else None
-            return LatentPairs(
-                latents["chosen"].float()[None],
-                latents["rejected"].float()[None],
-                (info["caption"],),
-                torch.tensor([info["chosen_time_ids"]], dtype=torch.float32),
-                torch.tensor([info["rejected_time_ids"]], dtype=torch.float32),
-                torch.tensor([n]),
-                Conditioning(embeds["embeds"].float()[None], pooled),
-            )
-        except KeyError as error:
-            raise DataError(f"{sample.name}: has no {error}; prepare the shards again") from error
+        pooled = embeds["pooled"].float()[None] if "pooled" in embeds else None
+        return LatentPairs(
+            latents["chosen"].float()[None],
+            latents["rejected"].float()[None],
+            (info["caption"],),
+            _time_ids(sample, info, "chosen_time_ids"),
+            _time_ids(sample, info, "rejected_time_ids"),
+            torch.tensor([n]),
+            Conditioning(embeds["embeds"].float()[None], pooled),
+        )
+
+
+def _time_ids(sample: Sample, info: dict[str, Any], name: str) -> Float[Tensor, "1 6"]:
+    values = info.get(name)
+    if (
+        not isinstance(values, list)
+        or len(values) != 6
+        or not all(type(value) in (int, float) and abs(value) <= MAX_PICTURE_PIXELS for value in values)
+    ):
+        raise sample.bad(f"{name} must be 6 numbers of pixels, got {str(values)[:80]}")
+    return torch.tensor([values], dtype=torch.float32)
 
 
 def collate(pairs: Sequence[Any]) -> Any:
-    """One batch from batches of one, all of one type."""
+    """One batch from batches of one, all of one type.
+
+    Raises:
+        DataError: latents or embeddings of different shapes, which no single preparation makes.
+    """
     first = pairs[0]
+    if len({_shapes(pair) for pair in pairs}) > 1:
+        raise DataError(
+            f"samples of different shapes meet in a batch, {_shapes(first)} and others; they come from different "
+            "preparations: prepare them alike"
+        )
 
     def stacked(name: str) -> Tensor:
         return torch.cat([getattr(pair, name) for pair in pairs])
@@ -191,6 +208,13 @@ def collate(pairs: Sequence[Any]) -> Any:
         return PreferencePairs(chosen, rejected, prompts, chosen_ids, rejected_ids, indices, labels, weights)
     cond = Conditioning.cat([pair.cond for pair in pairs])
     return LatentPairs(chosen, rejected, prompts, chosen_ids, rejected_ids, indices, cond)
+
+
+def _shapes(pair: PreferencePairs | LatentPairs) -> tuple[tuple[int, ...], ...]:
+    tensors = [pair.chosen]
+    if isinstance(pair, LatentPairs) and pair.cond is not None:
+        tensors += [value for value in (pair.cond.embeds, pair.cond.pooled) if value is not None]
+    return tuple(tuple(value.shape) for value in tensors)
 
 
 # ------------------------------------------------------------------------------------------- position
@@ -301,10 +325,15 @@ class PreferencePairsDataModule(LightningDataModule):
         val_shards: pairs to validate on, as ``shards``: in stored order, centre crop, no flip.
         ties: whether shards may hold ties; True for a module that reads the pairs' ``labels``, as the preference
             model's does. Pixels only.
+        max_bad_share: the share of the data set's pairs that may be damaged; one always may, except at 0. A damaged
+            pair is named in the log and in the run folder's ``bad_samples.jsonl``, and the next whole one of the
+            epoch's order stands in its place, with the draws of that place. Above the share the run ends.
+        stall_seconds: a download that gives nothing for so long is broken off and tried again.
+        download_attempts: how often a download is tried.
 
     Raises:
-        DataError: shards missing or damaged, too few pairs for one global batch, pairs that are ties, latents of
-            other networks than the run's, or a checkpoint from another data set.
+        DataError: shards missing or damaged, too many damaged pairs, too few pairs for one global batch, pairs that
+            are ties, latents of other networks than the run's, or a checkpoint from another data set.
     """
 
     def __init__(
@@ -320,15 +349,22 @@ class PreferencePairsDataModule(LightningDataModule):
         cache_dir: str | None = None,
         val_shards: str | list[str] | None = None,
         ties: bool = False,
+        max_bad_share: float = 0.001,
+        stall_seconds: float = 60.0,
+        download_attempts: int = 3,
     ) -> None:
         super().__init__()
         if batch_size < 1 or resolution < 1:
             raise ConfigError(f"batch_size {batch_size} and resolution {resolution} must be at least 1")
+        if not 0 <= max_bad_share < 1:
+            raise ConfigError(f"data.max_bad_share is a share of the pairs from 0 to below 1, got {max_bad_share}")
         self.shards, self.val_shards = shards, val_shards
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.transform = PairTransform(resolution, random_crop, horizontal_flip)
         self.shuffle_shards, self.ties = shuffle_shards, ties
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.downloads = Downloads(None if cache_dir is None else Path(cache_dir), stall_seconds, download_attempts)
+        self.max_bad_share = max_bad_share
+        self._bad: dict[str, BadSamples] = {}
         self.train_set: PixelPairs | EncodedPairs | None = None
         self.val_set: PixelPairs | EncodedPairs | None = None
         if val_shards is None:
@@ -343,15 +379,26 @@ class PreferencePairsDataModule(LightningDataModule):
         if stage in ("fit", "validate") and self.val_shards is not None:
             self.val_set = self._open(self.val_shards, shuffled=False)
 
+    def teardown(self, stage: str) -> None:
+        for bad in self._bad.values():
+            if bad.count:
+                log.warning("%s", bad.summary())
+
+    @property
+    def _bad_samples_file(self) -> Path | None:
+        return Path(self.trainer.default_root_dir) / bad_samples.FILE if self.trainer else None
+
     def _open(self, names: str | list[str], shuffled: bool) -> PixelPairs | EncodedPairs:
         # A batch straddles two windows at most; a process that opened fewer would reopen shards in turn.
-        shards = open_shards(names, self.cache_dir, max_open=2 * self.shuffle_shards)
+        shards = open_shards(names, self.downloads, max_open=2 * self.shuffle_shards)
         if shards.has_ties and not (self.ties and shards.latents is None):
             raise DataError(f"{names} holds ties, which have no chosen picture; prepare it again without --keep-ties")
         if shards.kind == "steps":
             raise DataError(f"{names} holds pairs of denoising steps; train on those with StepPoolDataModule")
         if len(shards) == 0:
             raise DataError(f"{names} holds zero usable pairs; see the counts in its manifest.json")
+        data = shards.fingerprint()
+        self._bad[data] = BadSamples(str(names), data, len(shards), self.max_bad_share, self._bad_samples_file)
         order = ShuffledOrder(shards.sizes, self.seed, self.shuffle_shards) if shuffled else StoredOrder(shards.sizes)
         if shards.latents is None:
             return PixelPairs(shards, order, self.transform, self.seed if shuffled else None)
@@ -370,6 +417,11 @@ class PreferencePairsDataModule(LightningDataModule):
                 f"{self.shards} holds {total} usable pairs, one global batch needs {self.batch_size * world} "
                 f"(batch_size {self.batch_size} x {world} ranks); use fewer ranks, a smaller batch_size or more data"
             )
+        if self.trainer and self.samples_seen() == 0:
+            # A run that begins anew counts anew, before any rank reads.
+            if self.trainer.is_global_zero:
+                self._bad[self.train_set.shards.fingerprint()].forget()
+            self.trainer.strategy.barrier("bad samples")
         self._start_segment()
         rank = self.trainer.global_rank if self.trainer else 0
         sampler = RunSampler(total, self.batch_size, rank, world, self.samples_seen)
@@ -383,7 +435,7 @@ class PreferencePairsDataModule(LightningDataModule):
 
     def _loader(self, pairs: PixelPairs | EncodedPairs, sampler: RunSampler | None) -> PairLoader:
         return PairLoader(
-            Caught(pairs, collate),
+            Caught(pairs, collate, self._bad[pairs.shards.fingerprint()]),
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import parse_json
 from lightning_modules.errors import DataError
 
 # The largest published prompt list here, HPDv2's, has 100 kB a file; a text encoder reads 77 tokens of a prompt.
@@ -76,6 +76,8 @@ def prompt_texts(prompts: Sequence[str] | str, number: int | None = None) -> lis
 
 
 def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise DataError(f"prompt file {path} is a folder or a device; name a file: {KNOWN_FORMS}")
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
@@ -108,10 +110,14 @@ def _read_json_lines(path: Path, text: str) -> list[Prompt]:
 
 def _read_table(path: Path, text: str) -> list[Prompt]:
     # PartiPrompts quotes nothing: a quotation mark in a prompt is part of it.
-    rows = list(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
+    try:
+        rows = list(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
+    except csv.Error as error:
+        raise DataError(f"prompt file {path} is no table ({error}); known forms: {KNOWN_FORMS}") from error
     header = rows[0] if rows else []
     if "Prompt" not in header:
-        raise DataError(f"prompt file {path} has the columns {header}, none is Prompt; known forms: {KNOWN_FORMS}")
+        shown = str(header)[:200]
+        raise DataError(f"prompt file {path} has the columns {shown}, none is Prompt; known forms: {KNOWN_FORMS}")
     prompts = []
     for number, row in enumerate(rows[1:], 2):
         if not row:
@@ -125,7 +131,7 @@ def _read_table(path: Path, text: str) -> list[Prompt]:
 
 def _parse(path: Path, text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         message = f"prompt file {path}: {place} is not valid JSON ({error}); known forms: {KNOWN_FORMS}"
         raise DataError(message) from error
@@ -139,7 +145,7 @@ def _prompt(path: Path, place: str, item: Any, text_field: str, index_field: str
         index, category = item.get(index_field), item.get("category")
         if (index is None or type(index) is int) and (category is None or isinstance(category, str)):
             return Prompt(item[text_field], category, index)
-    seen = f"the fields {sorted(item)}" if isinstance(item, dict) else f"a {_kind(item)}"
+    seen = f"the fields {str(sorted(item))[:200]}" if isinstance(item, dict) else f"a {_kind(item)}"
     raise DataError(
         f"prompt file {path}: {place} has {seen}, expected a string or an object with a text {text_field!r} "
         f"and a whole {index_field!r}; known forms: {KNOWN_FORMS}"

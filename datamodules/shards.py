@@ -16,22 +16,18 @@ run's position is one integer. Remote shards are downloaded whole into a cache f
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
-import shutil
 import struct
-import tarfile
 import weakref
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +41,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from webdataset.shardlists import expand_urls
 
+from datamodules.bad_samples import BadSample, BadSampleError
+from datamodules.download import Downloads, Expected, is_remote
+from datamodules.files import MAX_JSON_BYTES, atomic_file, parse_json, read_json, write_json
+from datamodules.tar_index import Member, TarError, members
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.randomness import generator
 
@@ -54,6 +54,11 @@ KEY_DIGITS = 9
 PICTURE_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 # Decoded, a picture of this size takes 200 MB; generated pictures have 0.25 to 4 megapixels.
 MAX_PICTURE_PIXELS = 64 * 1024 * 1024
+# A picture of MAX_PICTURE_PIXELS has less, and so have the latents of one; a sample's json has some hundred bytes.
+MAX_MEMBER_BYTES = 256 * 1024 * 1024
+MAX_INFO_BYTES = 1024 * 1024
+MAX_SHARD_SAMPLES = 10_000_000
+MAX_OPEN_SHARDS = 32
 # What Pillow raises on damaged pictures, depending on the format and on where the damage is.
 DECODE_ERRORS = (
     OSError,
@@ -67,37 +72,13 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+# What safetensors raises on damaged bytes, and on types that this torch doesn't know.
+TENSOR_ERRORS = (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError)
+_SHARD_FILE = re.compile(r"[\w-][\w.-]{0,200}", re.ASCII)
 _MEMBER = re.compile(r"(\d+)\.(json|(?:chosen|rejected)\.(?:jpg|jpeg|png|webp)|(?:latents|embeds|step)\.safetensors)")
-_TAR_END = 1024  # a tar file ends with two empty blocks
 
 
 # ---------------------------------------------------------------------------------------------- writing
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is complete and on disk.
-
-    Raises:
-        DataError: the folder or the disk does not take it; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error}; free some space or choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` atomically as indented JSON."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 @dataclass(frozen=True)
@@ -111,6 +92,17 @@ class ShardInfo:
     samples: int
     bytes: int
     digest: str = ""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: no name of a file in the folder, or numbers that cannot be; manifests are not always ours.
+        """
+        if not isinstance(self.file, str) or not _SHARD_FILE.fullmatch(self.file) or not isinstance(self.digest, str):
+            raise ValueError(f"names a shard outside its folder: {str(self.file)[:80]!r}")
+        for number, most in ((self.samples, MAX_SHARD_SAMPLES), (self.bytes, 1 << 62)):
+            if type(number) is not int or not 0 <= number <= most:
+                raise ValueError(f"a shard of {str(self.samples)[:30]} samples and {str(self.bytes)[:30]} bytes")
 
 
 class _HashingFile:
@@ -208,6 +200,14 @@ class LatentsKey:
     crop: str
     dtype: str
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: fields of other types; manifests are not always ours.
+        """
+        if type(self.resolution) is not int or not all(isinstance(f, str) for f in (self.hash, self.crop, self.dtype)):
+            raise ValueError("its latents' key has fields of other types")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -246,36 +246,25 @@ class Manifest:
         if version != FORMAT_VERSION:
             raise DataError(f"{path}: format version {version!r}, expected {FORMAT_VERSION}; prepare it again")
         try:
-            shards = tuple(ShardInfo(**shard) for shard in value["shards"])
-            latents = LatentsKey(**value["latents"]) if value["latents"] else None
-            manifest = Manifest(
-                str(value["kind"]),
-                shards,
-                dict(value["counts"]),
+            return Manifest(
+                _one_of(value["kind"], ("pixels", "latents", "steps")),
+                tuple(ShardInfo(**shard) for shard in value["shards"]),
+                {str(name): int(count) for name, count in dict(value["counts"]).items()},
                 dict(value["settings"]),
                 str(value["job"]),
-                tuple(value["corrupt"]),
-                latents,
-                dict(value.get("statistics", {})),  # manifests of an earlier version have none
+                tuple(map(str, value["corrupt"])),
+                LatentsKey(**value["latents"]) if value["kind"] == "latents" else None,
+                # Manifests of an earlier version have none.
+                {str(name): float(number) for name, number in dict(value.get("statistics", {})).items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{path}: not a shard manifest ({error}); prepare the shards again") from error
-        if any("/" in shard.file or shard.file in ("", "..") for shard in shards):
-            raise DataError(f"{path}: names a shard outside its folder; prepare the shards again")
-        return manifest
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or ``DataError``."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); it is damaged, make it again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
-    return value
+def _one_of(value: Any, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ValueError(f"{str(value)[:80]!r} is none of {', '.join(known)}")
+    return str(value)
 
 
 # -------------------------------------------------------------------------------------------- reading
@@ -289,33 +278,60 @@ class Sample:
     key: str
     members: dict[str, bytes]
 
-    @property
-    def name(self) -> str:
-        return f"{self.shard}, sample {self.key}"
+    def bad(self, why: str) -> BadSampleError:
+        """The error that says that this sample cannot be used."""
+        return BadSampleError(BadSample(self.shard, self.key, why))
 
     def info(self) -> dict[str, Any]:
         """The sample's JSON member; it has at least a "caption"."""
         try:
-            info = json.loads(self.members["json"])
+            info = parse_json(self.members["json"])
         except ValueError as error:
-            raise DataError(f"{self.name}: the json member is damaged ({error}); prepare the shards again") from error
+            raise self.bad(f"the json member is damaged ({error})") from error
         if not isinstance(info, dict) or not isinstance(info.get("caption"), str):
-            raise DataError(f'{self.name}: the json member needs a text field "caption", got {str(info)[:80]!r}')
+            raise self.bad(f'the json member needs a text field "caption", got {str(info)[:80]!r}')
         return info
+
+    def number(self, info: Mapping[str, Any], name: str, low: float, high: float) -> float:
+        """A field of ``info`` that lies in [low, high]; 1 where it has none."""
+        value = info.get(name, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise self.bad(f"{name} must lie in [{low}, {high}], got {str(value)[:80]}")
+        return float(value)
 
     def picture(self, role: str) -> bytes:
         """The encoded bytes of the "chosen" or the "rejected" picture."""
         for suffix in ("jpg", "jpeg", "png", "webp"):
             if f"{role}.{suffix}" in self.members:
                 return self.members[f"{role}.{suffix}"]
-        raise DataError(f"{self.name}: has no {role} picture; prepare the shards again")
+        raise self.bad(f"has no {role} picture")
 
-    def tensors(self, member: str) -> dict[str, Tensor]:
-        """The tensors of the "latents", the "embeds" or the "step" member."""
+    def image(self, role: str) -> Image.Image:
+        """The "chosen" or the "rejected" picture, decoded."""
+        data = self.picture(role)
         try:
-            return load_tensors(self.members[f"{member}.safetensors"])
-        except (KeyError, SafetensorError) as error:
-            raise DataError(f"{self.name}: no whole {member} ({error}); prepare the shards again") from error
+            return decode_picture(data)
+        except DataError as error:
+            raise self.bad(f"{role}: {error}") from error
+
+    def tensors(self, member: str, **dimensions: int) -> dict[str, Tensor]:
+        """The tensors of the "latents", the "embeds" or the "step" member.
+
+        Args:
+            member: which.
+            dimensions: tensors that must be there, by name, and how many dimensions each has.
+        """
+        try:
+            tensors = load_tensors(self.members[f"{member}.safetensors"])
+        except TENSOR_ERRORS as error:
+            raise self.bad(f"no whole {member} ({type(error).__name__}: {error})") from error
+        for name, count in dimensions.items():
+            if name not in tensors or tensors[name].ndim != count:
+                raise self.bad(f"{member} has no {name!r} of {count} dimensions")
+        for name, value in tensors.items():
+            if not value.is_floating_point() or not value.float().isfinite().all():
+                raise self.bad(f"{member}: {name[:80]!r} holds numbers that are not finite or no numbers at all")
+        return tensors
 
 
 def decode_picture(data: bytes) -> Image.Image:
@@ -324,11 +340,10 @@ def decode_picture(data: bytes) -> Image.Image:
     Raises:
         DataError: damaged, of another format, or larger than ``MAX_PICTURE_PIXELS``.
     """
+    _check_pixels(*_webp_size(data))
     try:
         with Image.open(io.BytesIO(data), formats=tuple(PICTURE_FORMATS.values())) as image:
-            width, height = image.size
-            if width * height > MAX_PICTURE_PIXELS:
-                raise DataError(f"a picture of {width}x{height} px is larger than {MAX_PICTURE_PIXELS} px")
+            _check_pixels(*image.size)
             image.load()
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -336,6 +351,26 @@ def decode_picture(data: bytes) -> Image.Image:
             return image.convert("RGB")
     except DECODE_ERRORS as error:
         raise DataError(f"a damaged picture of {len(data)} bytes ({type(error).__name__}: {error})") from error
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PICTURE_PIXELS:
+        raise DataError(f"a picture of {width}x{height} px is larger than {MAX_PICTURE_PIXELS} px")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height from a WebP picture's header; (0, 0) for anything else.
+
+    Pillow makes room for a WebP picture when it is opened, before it tells the size.
+    """
+    if picture_suffix(data) != "webp" or len(data) < 30:
+        return 0, 0
+    if data[12:16] == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if data[12:16] == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
 
 
 class IndexedShard:
@@ -350,41 +385,36 @@ class IndexedShard:
         self.path = path
         self.rows: dict[str, dict[str, tuple[int, int]]] = {}
         try:
-            self._scan()
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.close = weakref.finalize(self, os.close, self._descriptor)
+            for member in members(self._descriptor):
+                self._add(member)
         except FileNotFoundError as error:
             raise DataError(f"shard {path} does not exist; check the path or prepare the shards again") from error
-        except (tarfile.TarError, OSError) as error:
-            raise DataError(f"shard {path} is truncated or damaged ({error}); {_REMEDY}") from error
+        except TarError as error:
+            raise DataError(f"shard {path} is {error}; {_REMEDY}") from error
+        except OSError as error:
+            raise DataError(f"shard {path} cannot be read ({error.strerror or error}); {_REMEDY}") from error
+        self._check_samples()
         self.keys = tuple(self.rows)
         if samples is not None and len(self.keys) != samples:
             raise DataError(
                 f"shard {path} holds {len(self.keys)} samples but the manifest says {samples}: "
                 f"it is truncated or was replaced; {_REMEDY}"
             )
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self.close = weakref.finalize(self, os.close, self._descriptor)
 
-    def _scan(self) -> None:
-        size, end = self.path.stat().st_size, 0
-        with tarfile.open(self.path, "r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // 512) * 512
-                if end > size:
-                    raise DataError(f"shard {self.path} is truncated inside {member.name!r}; {_REMEDY}")
-                self._add(member)
-        if end + _TAR_END > size:
-            raise DataError(f"shard {self.path} is truncated: the end of the tar file is missing; {_REMEDY}")
-        for key, members in self.rows.items():
-            roles = {name.split(".")[0] for name in members}
+    def _check_samples(self) -> None:
+        for key, row in self.rows.items():
+            roles = {name.split(".")[0] for name in row}
             if not any(roles >= {"json", *needed} for needed in ({"chosen", "rejected"}, {"latents"}, {"step"})):
                 raise DataError(
-                    f"shard {self.path}: sample {key} has only {sorted(members)}; needed are a json member and "
+                    f"shard {self.path}: sample {key} has only {sorted(row)}; needed are a json member and "
                     f"a chosen and a rejected picture, or latents, or a step; {_REMEDY}"
                 )
 
-    def _add(self, member: tarfile.TarInfo) -> None:
+    def _add(self, member: Member) -> None:
         match = _MEMBER.fullmatch(member.name)
-        if match is None or not member.isreg():
+        if match is None:
             raise DataError(
                 f"shard {self.path}: member {member.name!r} is not a sample: names are an integer key without a dot "
                 "and then .json, .chosen.jpg or .rejected.jpg (or png, webp), .latents.safetensors, "
@@ -392,79 +422,39 @@ class IndexedShard:
                 "samples); rename the members or prepare it again"
             )
         key, name = match.groups()
-        members = self.rows.setdefault(key, {})
-        if name in members:
+        row = self.rows.setdefault(key, {})
+        if name in row:
             raise DataError(f"shard {self.path}: two members are named {member.name!r}; {_REMEDY}")
-        members[name] = (member.offset_data, member.size)
+        row[name] = (member.offset, member.size)
 
     def read(self, key: str) -> Sample:
         """
         Raises:
-            DataError: the file has been cut or removed since it was opened.
+            DataError: the file has been cut since it was opened, or cannot be read any more.
+            BadSampleError: a member is larger than any that this program writes.
         """
-        members = {}
+        found = {}
         for name, (offset, size) in self.rows[key].items():
-            data = os.pread(self._descriptor, size, offset)
-            if len(data) != size:
+            limit = MAX_INFO_BYTES if name == "json" else MAX_MEMBER_BYTES
+            if size > limit:
+                raise BadSampleError(BadSample(str(self.path), key, f"{name} has {size} bytes, more than {limit}"))
+            try:
+                found[name] = os.pread(self._descriptor, size, offset)
+            except OSError as error:
+                reason = error.strerror or error
+                raise DataError(f"shard {self.path} cannot be read any more ({reason}); {_REMEDY}") from error
+            if len(found[name]) != size:
                 raise DataError(f"shard {self.path} was truncated while in use, at sample {key}; {_REMEDY}")
-            members[name] = data
-        return Sample(str(self.path), key, members)
+        return Sample(str(self.path), key, found)
 
     @property
     def kind(self) -> str:
-        names = {name for members in self.rows.values() for name in members}
+        names = {name for row in self.rows.values() for name in row}
         kinds = {"latents.safetensors": "latents", "step.safetensors": "steps"}
         return next((kind for member, kind in kinds.items() if member in names), "pixels")
 
 
 _REMEDY = "copy or download it again, or delete it and prepare the shards again"
-
-
-def is_remote(location: str) -> bool:
-    """Whether a location is a URL or a ``pipe:`` command, not a local path or ``file:`` URL."""
-    return location.startswith("pipe:") or re.match(r"(?!file:)[a-z][a-z0-9+.-]*://", location) is not None
-
-
-def fetch(url: str, cache_dir: Path | None, size: int | None = None, refresh: bool = False) -> Path:
-    """Download ``url`` into ``cache_dir`` unless it is there, and return the local file.
-
-    Processes that want the same file at once wait for the one that downloads it.
-
-    Args:
-        url: anything that ``webdataset.gopen`` opens: http(s)://, gs://, hf://, ``pipe:command``, ...
-        cache_dir: needs room for every remote shard; nothing is evicted.
-        size: the expected number of bytes, if known; a cached file of another size is downloaded again.
-        refresh: download even if it is there.
-
-    Raises:
-        ConfigError: no ``cache_dir``.
-        DataError: the download failed or has another size.
-    """
-    if cache_dir is None:
-        raise ConfigError(f"{url} is remote: set cache_dir to a folder with room for the shards")
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
-    path = cache_dir / f"{digest}-{re.sub(r'[^A-Za-z0-9._-]+', '_', url)[-40:]}"
-    with (cache_dir / f".{digest}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists() and not refresh and size in (None, path.stat().st_size):
-            return path
-        with atomic_file(path) as target:
-            _download(url, target, size)
-    return path
-
-
-def _download(url: str, target: BinaryIO, size: int | None) -> None:
-    try:
-        with webdataset.gopen(url) as source:
-            shutil.copyfileobj(source, target)
-    except (OSError, ValueError) as error:
-        # webdataset prints all of its command; what matters is the status it ended with.
-        status = re.search(r"exit \d+", str(error))
-        reason = status[0] if status else error
-        raise DataError(f"cannot download {url} ({reason}); check the address and the network") from error
-    if size not in (None, target.tell()):
-        raise DataError(f"{url} gave {target.tell()} bytes, not the {size} of its manifest: upload the folder again")
 
 
 @dataclass(frozen=True)
@@ -473,6 +463,10 @@ class _Located:
 
     location: str
     info: ShardInfo
+
+    @property
+    def expected(self) -> Expected:
+        return Expected(self.info.bytes, self.info.digest)
 
 
 class ShardSet:
@@ -487,11 +481,11 @@ class ShardSet:
         shards: Sequence[_Located],
         latents: LatentsKey | None,
         has_ties: bool,
-        cache_dir: Path | None,
+        downloads: Downloads,
         max_open: int,
     ) -> None:
         self.kind, self.latents, self.has_ties = kind, latents, has_ties
-        self._shards, self._cache_dir, self._max_open = tuple(shards), cache_dir, max_open
+        self._shards, self._downloads, self._max_open = tuple(shards), downloads, max_open
         self._open: OrderedDict[int, IndexedShard] = OrderedDict()
 
     @property
@@ -518,7 +512,7 @@ class ShardSet:
             located = self._shards[number]
             path = Path(located.location)
             if is_remote(located.location):
-                path = fetch(located.location, self._cache_dir, located.info.bytes)
+                path = self._downloads.fetch(located.location, located.expected)
             found = self._open[number] = IndexedShard(path, located.info.samples)
             if len(self._open) > self._max_open:
                 self._open.popitem(last=False)[1].close()
@@ -526,37 +520,53 @@ class ShardSet:
         return found
 
     def read(self, shard: int, row: int) -> Sample:
+        """
+        Raises:
+            DataError: the shard is gone, truncated or of another content than it was.
+            BadSampleError: this sample alone cannot be used.
+        """
         opened = self.shard(shard)
-        return opened.read(opened.keys[row])
+        return self._read(shard, opened.keys[row])
+
+    def _read(self, shard: int, key: str) -> Sample:
+        # Named as the user named it: a cache folder may be another one on another machine.
+        location = self._shards[shard].location
+        try:
+            return replace(self.shard(shard).read(key), shard=location)
+        except BadSampleError as error:
+            raise BadSampleError(replace(error.sample, shard=location)) from error
 
     def read_embeds(self, shard: int, sample: Sample, info: Mapping[str, Any]) -> dict[str, Tensor]:
         """The prompt embeddings of a latents sample, stored with it or with an earlier one of its shard."""
         key = info.get("embeds_key", sample.key)
-        opened = self.shard(shard)
-        if key not in opened.rows:
-            raise DataError(f"{sample.name}: its prompt embeddings should be at sample {key}, which is not there")
-        return (sample if key == sample.key else opened.read(key)).tensors("embeds")
+        if not isinstance(key, str) or key not in self.shard(shard).rows:
+            raise sample.bad(f"its prompt embeddings should be at sample {str(key)[:80]}, which is not there")
+        owner = sample if key == sample.key else self._read(shard, key)
+        return owner.tensors("embeds", embeds=2)
 
 
 # ------------------------------------------------------------------------------------------- locating
 
 
-def open_shards(shards: str | Sequence[str], cache_dir: Path | None = None, max_open: int = 32) -> ShardSet:
+def open_shards(
+    shards: str | Sequence[str], downloads: Downloads | None = None, max_open: int = MAX_OPEN_SHARDS
+) -> ShardSet:
     """Find the shards that ``shards`` names.
 
     Args:
         shards: one or several of: a prepared folder; the URL of one; a tar file's path or URL; a brace list of
             either such as ``data/{00000..00009}.tar``; a ``pipe:`` command that prints a tar file.
-        cache_dir: where remote shards are kept.
+        downloads: how remote shards are fetched and where they are kept.
         max_open: how many shards a process keeps open.
 
     Raises:
         DataError: a shard or manifest is missing, damaged, or of another kind than the rest.
-        ConfigError: a remote shard without ``cache_dir``, or a brace list that is malformed.
+        ConfigError: a remote shard without a cache folder, or a brace list that is malformed.
     """
+    downloads = downloads or Downloads()
     names = [shards] if isinstance(shards, str) else list(shards)
     locations = [location for name in names for location in _expand(name)]
-    located = [_locate(location, cache_dir) for location in locations]
+    located = [_locate(location, downloads) for location in locations]
     found = [shard for shards_there, _ in located for shard in shards_there]
     if not found:
         raise DataError(f"no shards in {', '.join(names) or 'an empty list'}; prepare them, or check the path")
@@ -568,7 +578,7 @@ def open_shards(shards: str | Sequence[str], cache_dir: Path | None = None, max_
                 "train on shards that were prepared alike"
             )
     has_ties = any(manifest.counts.get("ties_kept", 0) for _, manifest in located)
-    return ShardSet(first.kind, found, first.latents, has_ties, cache_dir, max_open)
+    return ShardSet(first.kind, found, first.latents, has_ties, downloads, max_open)
 
 
 def _expand(name: str) -> list[str]:
@@ -578,13 +588,14 @@ def _expand(name: str) -> list[str]:
         raise ConfigError(f"shards {name!r}: {error}; write a brace list as {{00000..00009}}.tar") from error
 
 
-def _locate(location: str, cache_dir: Path | None) -> tuple[list[_Located], Manifest]:
+def _locate(location: str, downloads: Downloads) -> tuple[list[_Located], Manifest]:
     """The shards at one location with the manifest that describes them, one made by a scan for bare tar files."""
     if is_remote(location):
         if location.startswith("pipe:") or location.split("?")[0].endswith(".tar"):
-            return _bare(location, fetch(location, cache_dir))
+            return _bare_remote(location, downloads)
         folder = location.removesuffix(MANIFEST).rstrip("/")
-        manifest = Manifest.read(fetch(f"{folder}/{MANIFEST}", cache_dir, refresh=True))
+        of_a_manifest = replace(downloads, most_bytes=MAX_JSON_BYTES)
+        manifest = Manifest.read(of_a_manifest.fetch(f"{folder}/{MANIFEST}", refresh=True))
         return [_Located(f"{folder}/{shard.file}", shard) for shard in manifest.shards], manifest
     path = Path(location)
     if path.name == MANIFEST:
@@ -617,13 +628,24 @@ def _checked(path: Path, shard: ShardInfo) -> _Located:
     return _Located(str(path), shard)
 
 
+def _bare_remote(location: str, downloads: Downloads) -> tuple[list[_Located], Manifest]:
+    path = downloads.fetch(location)
+    try:
+        return _bare(location, path)
+    except DataError:
+        path.unlink(missing_ok=True)  # nobody knew what was to come: the next run shall ask again
+        raise
+
+
 def _bare(location: str, path: Path) -> tuple[list[_Located], Manifest]:
     scanned = IndexedShard(path)
     if scanned.kind != "pixels":
         raise DataError(
             f"{location}: {scanned.kind} without a {MANIFEST} cannot be checked against the policy; name the folder"
         )
-    info = ShardInfo(Path(location).name, len(scanned.keys), path.stat().st_size)
+    # Of the name a fingerprint is made; a URL or a command may end in anything.
+    name = re.sub(r"[^\w.-]", "_", Path(location).name, flags=re.ASCII)[-200:].lstrip(".") or "_"
+    info = ShardInfo(name, len(scanned.keys), path.stat().st_size)
     return [_Located(location, info)], Manifest("pixels", (info,))
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 
 from lightning_modules.errors import ConfigError
+from lightning_modules.weights import UNREADABLE
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ class Pretrained:
             options["revision"] = self.revision
         try:
             return read(self.location, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except UNREADABLE as error:
             where = "is damaged or of another kind" if self.local else "cannot be fetched from the hub"
             remedy = "download it again" if self.local else "check the name and the network, or give a local folder"
             reason = " ".join(str(error).split())[:300]

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import pickle
+import struct
 from collections.abc import Collection, Mapping
 
+from safetensors import SafetensorError
 from torch import Tensor
+
+# What safetensors, torch.load and the libraries around them raise for files that are damaged or of another kind.
+UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    struct.error,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 
 def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:

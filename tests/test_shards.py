@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from pairs_data import picture, write_shards
 from PIL import Image
 
+from datamodules import download
+from datamodules.download import Downloads
 from datamodules.shards import (
     MANIFEST,
     IndexedShard,
@@ -159,22 +161,25 @@ def test_bare_tar_files_without_a_manifest_are_read(tmp_path: Path) -> None:
 def test_shards_from_pipes_and_urls_are_cached(tmp_path: Path) -> None:
     folder, cache = write_shards(tmp_path / "data", [2, 3]), tmp_path / "cache"
     name = f"pipe:cat {folder}/{{00000..00001}}.tar"
-    assert captions(open_shards(name, cache)) == [f"caption {n}" for n in range(5)]
+    assert captions(open_shards(name, Downloads(cache))) == [f"caption {n}" for n in range(5)]
     for path in folder.iterdir():
         path.unlink()
-    assert captions(open_shards(name, cache)) == [f"caption {n}" for n in range(5)]
+    assert captions(open_shards(name, Downloads(cache))) == [f"caption {n}" for n in range(5)]
     assert not list(cache.glob("*.tmp"))
 
 
 def test_remote_shards_need_a_cache_folder() -> None:
-    with pytest.raises(ConfigError, match="set cache_dir"):
+    with pytest.raises(ConfigError, match="set data.cache_dir"):
         open_shards("https://example.invalid/data/00000.tar")
 
 
-def test_a_failed_download_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot download pipe:false .exit 1.; check the address"):
-        open_shards("pipe:false", tmp_path)
-    assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+def test_a_failed_download_is_tried_again_and_then_one_message_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(download, "FIRST_PAUSE_SECONDS", 0.01)
+    command = f"pipe:echo >> {tmp_path}/tries; false"
+    with pytest.raises(DataError, match="cannot download pipe:.* .exit 1; attempt 3 of 3.; check the address"):
+        open_shards(command, Downloads(tmp_path / "cache"))
+    assert (tmp_path / "tries").read_text().count("\n") == 3
+    assert not [path for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".lock")]
 
 
 def test_the_open_shards_are_bounded_and_travel_to_another_process(tmp_path: Path) -> None:

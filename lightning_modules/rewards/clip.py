@@ -14,11 +14,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import CLIPImageProcessor
+from transformers import AutoTokenizer, CLIPImageProcessor
 
 from lightning_modules.pretrained import Pretrained
 
 CONTEXT_LENGTH = 77  # tokens CLIP was trained with, begin and end included; smaller models' tokenizers say less
+
+
+def read_tokenizer(location: str, **options: Any) -> Any:
+    """The tokenizer at a location. Code that comes with it is never run, and nobody is asked whether it may."""
+    return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel
+from transformers import CLIPModel
 
 from lightning_modules.pretrained import DTYPES, Pretrained
 from lightning_modules.rewards.base import RewardModel
-from lightning_modules.rewards.clip import ClipPreprocessing, image_embeds, text_embeds, tokenize
+from lightning_modules.rewards.clip import ClipPreprocessing, image_embeds, read_tokenizer, text_embeds, tokenize
 
 
 class PickScore(RewardModel):
@@ -44,7 +44,7 @@ class PickScore(RewardModel):
         source = Pretrained.find(pretrained)
         processor_source = source if processor is None else Pretrained.find(processor)
         self.model: Any = source.load(partial(CLIPModel.from_pretrained, dtype=DTYPES[dtype]))
-        self.tokenizer: Any = processor_source.load(AutoTokenizer.from_pretrained, kind="tokenizer")
+        self.tokenizer: Any = processor_source.load(read_tokenizer, kind="tokenizer")
         self.preprocess = ClipPreprocessing.load(processor_source)
         self.requires_grad_(False)
         self.eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
 from lightning_modules.errors import ConfigError
 from lightning_modules.pretrained import DTYPES, Pretrained
 from lightning_modules.rewards.base import RewardModel, StepRewardModel
-from lightning_modules.rewards.clip import ClipPreprocessing, text_embeds, tokenize
-from lightning_modules.weights import mismatch
+from lightning_modules.rewards.clip import ClipPreprocessing, read_tokenizer, text_embeds, tokenize
+from lightning_modules.weights import UNREADABLE, mismatch
 
 FREQUENCIES = 256  # numbers a timestep becomes before the MLP; the published models' size
 
@@ -119,7 +118,7 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel):
         weights = _own_weights(source) if checkpoint is None else _find_checkpoint(checkpoint)
         self.model: Any = _plain_clip(source) if weights is None else _time_conditioned_clip(source, weights)
         self.model.to(DTYPES[dtype])
-        self.tokenizer: Any = processor_source.load(AutoTokenizer.from_pretrained, kind="tokenizer")
+        self.tokenizer: Any = processor_source.load(read_tokenizer, kind="tokenizer")
         self.processing = ClipPreprocessing.load(processor_source)
         self._remembered: dict[str, Tensor] = {}
         self.requires_grad_(False)
@@ -274,7 +273,7 @@ def _own_weights(source: Pretrained) -> Path | None:
     try:
         with safe_open(file, "pt") as weights:
             return file if "t_embedder.mlp.0.weight" in weights.keys() else None  # noqa: SIM118  # no iterator
-    except SafetensorError as error:
+    except UNREADABLE as error:
         raise _damaged(file, error) from error
 
 
@@ -303,11 +302,17 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise _damaged(file, error) from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(_is_plain(*item) for item in weights.items()):
         raise _damaged(file, "it holds no state dict")
     return weights
+
+
+def _is_plain(name: object, value: object) -> bool:
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
 
 
 def _damaged(file: Path, reason: object) -> ConfigError:

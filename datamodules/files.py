@@ -1,0 +1,80 @@
+"""Files that appear whole or not at all, and JSON from files that others wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from lightning_modules.errors import DataError
+
+# A manifest has 150 bytes a shard, a pool chunk's record 50 bytes a comparison.
+MAX_JSON_BYTES = 256 * 1024 * 1024
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when it is complete and on disk.
+
+    Raises:
+        DataError: the folder or the disk does not take it; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error}; free some space or choose another folder") from error
+    finally:
+        with suppress(OSError):  # where it could not be made there is none
+            temporary.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` atomically as indented JSON."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or ``DataError``."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise DataError(f"{path} has {size} bytes, more than {MAX_JSON_BYTES}; it is damaged, make it again")
+        value = parse_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); it is damaged, make it again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A value from JSON that anybody may have written.
+
+    Raises:
+        ValueError: not JSON, NaN or Infinity (which are no JSON), nested too deeply, or a text that is not Unicode.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if "\\u" in text:
+            # "\\ud800" alone is accepted by the parser, and then by nothing that reads text.
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
