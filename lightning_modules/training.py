@@ -39,6 +39,10 @@ class TrainingModule(LightningModule):
         self._means = {"train": RunningMeans(), "val": RunningMeans()}
         self._logged_step = -1
 
+    def on_train_start(self) -> None:
+        # Not a step to log, wherever a resumed run stands: the first batch of an accumulation window ends at it too.
+        self._logged_step = self.trainer.global_step
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Network dropout is the one draw that comes from the global generator.
         torch.manual_seed(derive_seed(self.seed, "dropout", int(batch.indices[0])))

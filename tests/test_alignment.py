@@ -125,6 +125,14 @@ def test_accumulating_four_times_one_pair_equals_one_batch_of_four(tmp_path, pip
     assert four.abs().max() > 1e-3
 
 
+def test_the_first_logged_loss_is_the_mean_over_its_whole_accumulation_window(tmp_path, pipelines):
+    module = make(pipelines, SFT())
+    with torch.no_grad():
+        expected = torch.stack([module.compute_loss(pairs, "train").loss for pairs in loader(1, pairs=3)]).mean()
+    run = fit(tmp_path, module, loader(1, pairs=3), accumulate_grad_batches=3)
+    torch.testing.assert_close(run.callback_metrics["train/loss"], expected)
+
+
 def test_the_loss_of_a_pair_does_not_depend_on_its_company(pipelines):
     module = make(pipelines, SFT(), caption_dropout=0.3)
     together = module.compute_loss(batch(0, 4), "train").loss
