@@ -1,0 +1,341 @@
+"""Every kind of run is killed, again and again, and goes on as if nothing had happened: losses and weights bit for bit.
+
+Each run is a process of its own (two with DDP), struck by SIGKILL and SIGTERM at seeded points: at random times, and
+for certain in the middle of a step, of writing a checkpoint, of sampling a pool and of writing a shard. It is started
+again with the same command in the same folder until it ends. ``pytest -m kills`` kills every kind 50 times.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import random
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from kill_harness import Harness, Order, Outcome
+from pairs_data import rows, write_parquet, write_shards
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+STEPS = 24
+EVERY = 3  # steps between checkpoints
+
+# ------------------------------------------------------------------------------------------- kinds of runs
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of run.
+
+    Attributes:
+        settings: by path, over those that all kinds share.
+        ranks: processes.
+        places: where it is struck for certain, beside the random times.
+    """
+
+    settings: dict[str, Any]
+    ranks: int = 1
+    places: tuple[str, ...] = ("step", "checkpoint")
+
+
+SPO = {
+    "trainer.reload_dataloaders_every_n_epochs": 1,
+    "model.init_args.objective": {"class_path": "SPO", "init_args": {"eta": 1.0, "guidance_scale": 2.0}},
+    "data": {
+        "class_path": "StepPoolDataModule",
+        "init_args": {
+            "prompts": ["a cat", "a dog", "the sea", "a red house", "two birds"],
+            "sampler": {"steps": 4, "branch_from_step": 1, "candidates": 2, "threshold": 0.01, "guidance_scale": 2.0},
+            "scorer": {"class_path": "RandomScorer"},
+            "prompts_per_pool": 4,
+            "prompts_per_batch": 2,
+            "batch_size": 2,
+            "seed": 7,
+        },
+    },
+}
+
+KINDS = {
+    "SFT": Kind({"model.init_args.objective": {"class_path": "SFT"}, "model.init_args.reference": None}),
+    "DPO": Kind({"trainer.callbacks+": [{"class_path": "Cost"}]}),
+    "DPO, 2 workers, accumulation 3": Kind(
+        {
+            "data.init_args.num_workers": 2,
+            "trainer.accumulate_grad_batches": 3,
+            "model.init_args.policy.init_args.adaptation": {"class_path": "FullFineTuning"},
+            "model.init_args.reference": {"class_path": "FrozenCopy"},
+            "model.init_args.lr_scheduler": {
+                "class_path": "CosineWithWarmup",
+                "init_args": {"total_steps": STEPS, "warmup_steps": 4},
+            },
+        }
+    ),
+    "DPO, cached latents": Kind({"data.init_args.shards": "latents"}),
+    "SPO": Kind(SPO, places=("step", "checkpoint", "sampling", "shard")),
+    "preference model": Kind(
+        {
+            "model": {
+                "class_path": "StepAwarePreferenceModule",
+                "init_args": {
+                    "policy": {
+                        "class_path": "StableDiffusion",
+                        "init_args": {"pretrained": "tiny-sd15", "adaptation": {"class_path": "Frozen"}},
+                    },
+                    "preference": {
+                        "class_path": "StepAwarePreferenceModel",
+                        "init_args": {"pretrained": "tiny-spm", "processor": None},
+                    },
+                    "labels": {"class_path": "HumanLabels"},
+                    "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-3}},
+                    "guidance_scale": 2.0,
+                    "seed": 7,
+                },
+            },
+        }
+    ),
+    "SPO, 2 processes": Kind(
+        SPO | {"trainer.devices": 2, "trainer.strategy": "ddp", "data.init_args.batch_size": 1},
+        ranks=2,
+        places=("step", "checkpoint", "sampling", "shard"),
+    ),
+}
+
+
+def settings(kind: Kind, folder: Path, pipelines: Path) -> dict[str, Any]:
+    """The whole config; names of data and networks become paths."""
+    tree: dict[str, Any] = {
+        "seed_everything": 7,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": STEPS,
+            "limit_val_batches": 0,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [{"class_path": "RunCheckpoint", "init_args": {"every_n_steps": EVERY}}],
+        },
+        "model": {
+            "class_path": "AlignmentModule",
+            "init_args": {
+                "policy": {
+                    "class_path": "StableDiffusion",
+                    "init_args": {"pretrained": "tiny-sd15", "adaptation": {"class_path": "LoRA"}},
+                },
+                "objective": {"class_path": "DPO", "init_args": {"beta": 100.0}},
+                "reference": {"class_path": "AdapterOff"},
+                "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-3}},
+                "caption_dropout": 0.3,
+                "seed": 7,
+            },
+        },
+        "data": {
+            "class_path": "PreferencePairsDataModule",
+            "init_args": {"shards": "pixels", "batch_size": 2, "resolution": 32, "seed": 7},
+        },
+    }
+    for path, value in kind.settings.items():
+        *parents, last = path.split(".")
+        node = tree
+        for name in parents:
+            node = node[name]
+        if last.endswith("+"):
+            node[last[:-1]] = [*node[last[:-1]], *value]
+        else:
+            node[last] = json.loads(json.dumps(value))  # kinds share their settings' source
+    places = {name: str(pipelines / name) for name in ("tiny-sd15", "tiny-spm")}
+    places |= {name: str(folder / name) for name in ("pixels", "latents")}
+    named: dict[str, Any] = json.loads(json.dumps(tree), object_hook=lambda node: {
+        key: places.get(value, value) if isinstance(value, str) else value for key, value in node.items()
+    })  # fmt: skip
+    return named
+
+
+@pytest.fixture(scope="module")
+def harness() -> Iterator[Harness]:
+    with Harness() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, harness: Harness, pipelines: Path) -> Path:
+    """A folder with pairs as pixels and as latents."""
+    folder = tmp_path_factory.mktemp("kills")
+    write_shards(folder / "pixels", [7, 6])
+    write_parquet(folder / "rows.parquet", rows(13))
+    tree = settings(KINDS["DPO"], folder, pipelines)
+    (folder / "policy.yaml").write_text(yaml.safe_dump(tree))
+    words = ["--input", folder / "rows.parquet", "--output", folder / "latents", "--encode-with",
+             folder / "policy.yaml", "--resolution", "32", "--shard-size", "5"]  # fmt: skip
+    log = folder / "latents.log"
+    done = harness.run(Order([str(word) for word in words], str(log), str(folder), "experiments.prepare_pickapic"))
+    assert done.codes == [0], log.read_text()
+    return folder
+
+
+# ------------------------------------------------------------------------------------------- what a run leaves
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """The loss of every step, from all the event files of a run; a step that was trained twice must be the same."""
+    found: dict[int, float] = {}
+    files = sorted(run_dir.glob("events.out.tfevents.*"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+    for file in files:
+        for event in LegacyEventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.tag == "train/loss":
+                    known = found.setdefault(event.step, value.simple_value)
+                    assert known == value.simple_value, f"step {event.step} was trained twice, with different losses"
+    return found
+
+
+def final(run_dir: Path) -> dict[str, Any]:
+    """What the run's last checkpoint holds, but for the callbacks' notes, which name folders and times."""
+    saved: dict[str, Any] = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    return {name: value for name, value in saved.items() if name != "callbacks"}
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Where two nested values are not the same, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        return [] if same else [where]
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [place for key in one for place in differences(one[key], other[key], f"{where}/{key}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return [place for n, pair in enumerate(zip(one, other)) for place in differences(*pair, f"{where}/{n}")]
+    return [] if one == other else [f"{where}: {one!r} != {other!r}"]
+
+
+# ------------------------------------------------------------------------------------------- chains of kills
+
+HITS = {"step": "step", "checkpoint": "writing a checkpoint", "sampling": "sampling", "shard": "writing a shard"}
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A strike, and what became of the process."""
+
+    order: Order
+    outcome: Outcome
+
+
+class Chain:
+    """One kind of run, once undisturbed and then killed many times.
+
+    Attributes:
+        killed: all strikes so far.
+    """
+
+    def __init__(self, name: str, world: Path, pipelines: Path) -> None:
+        self.kind = KINDS[name]
+        self.folder = world / name.replace(",", "").replace(" ", "-")
+        self.folder.mkdir(exist_ok=True)
+        self.config, self.timeline = self.folder / "config.yaml", self.folder / "timeline.json"
+        self.config.write_text(yaml.safe_dump(settings(self.kind, world, pipelines)))
+        self.killed: list[Killed] = []
+
+    def order(self, run: str) -> Order:
+        run_dir = self.folder / run
+        words = ["--config", str(self.config), "--run_dir", str(run_dir), "--resume=auto",
+                 "--trainer.callbacks+=kill_probe.Probe"]  # fmt: skip
+        return Order(words, str(self.folder / f"{run}.log"), str(run_dir), ranks=self.kind.ranks)
+
+    def undisturbed(self, harness: Harness) -> Path:
+        """The run as it should be. Kills are drawn from its moments and their seconds."""
+        return self.finish(harness, replace(self.order("whole"), timeline=str(self.timeline)))
+
+    def strike(self, harness: Harness, run: str, kills: int, seed: int) -> Path:
+        """Kill the run ``kills`` times, then let it end."""
+        for point in self.points(kills, seed):
+            order = replace(self.order(run), **point)
+            self.killed.append(Killed(order, harness.run(order)))
+        return self.finish(harness, self.order(run))
+
+    def finish(self, harness: Harness, order: Order) -> Path:
+        outcome = harness.run(order)
+        assert list(outcome.codes) == [0] * self.kind.ranks, (outcome, Path(order.log).read_text()[-4000:])
+        return Path(order.run_dir)
+
+    def points(self, kills: int, seed: int) -> list[dict[str, Any]]:
+        """Where to strike, in the order of time: at every place with either signal, and at random times."""
+        draw = random.Random(f"{self.folder.name} {seed}")
+        moments, seconds = zip(*json.loads(self.timeline.read_text()))
+        signals = [signal.SIGKILL, signal.SIGTERM] * (kills // 2)
+        wheres = ([place for place in self.kind.places for _ in range(2)] + ["time"] * kills)[:kills]
+        # A pool is sampled, and a shard written, after this moment again: it is of the last pool but one.
+        pools = [second for moment, second in zip(moments, seconds) if moment[1] == 0 and moment[2] == 1]
+        points = []
+        for where, number in zip(wheres, signals):
+            at = draw.uniform(0.0 if where == "time" else seconds[1], pools[-2] if where in POOLED else seconds[-1])
+            entry = bisect.bisect_right(seconds, at) - 1
+            points.append(
+                {"where": where, "moment": moments[entry], "delay": at - seconds[entry], "signal": int(number),
+                 "depth": draw.randrange(200 if where in ("checkpoint", "shard") else 4),
+                 "skew": draw.uniform(-0.1, 0.1)}
+            )  # fmt: skip
+        return sorted(points, key=lambda point: (point["moment"], point["delay"]))
+
+    def check(self, whole: Path, killed: Path) -> None:
+        """Nothing tells the two runs apart but how often they were started."""
+        expected, found = losses(whole), losses(killed)
+        assert sorted(expected) == sorted(found)
+        assert len(expected) == STEPS
+        assert [step for step in expected if expected[step] != found[step]] == []
+        assert differences(final(whole), final(killed)) == []
+        files = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (whole, killed)]
+        assert len(files[1]) <= len(files[0]) == 3  # the newest two and last.ckpt
+        assert all(name.endswith(".ckpt") for name in files[1])
+        for entry in self.killed:
+            assert not entry.outcome.hung, entry
+            if entry.outcome.hit is not None:
+                # It is started again by whoever sees another code than 0; only the end of the training is one.
+                kind = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15, 0}}[signal.Signals(entry.order.signal)]
+                assert self.kind.ranks > 1 or entry.outcome.codes[0] in kind, entry
+
+    def hits(self) -> Counter[str]:
+        return Counter(entry.outcome.hit for entry in self.killed if entry.outcome.hit is not None)
+
+    def row(self) -> str:
+        """Of a table: how often it was struck with each signal and where, and how long the slowest SIGTERM took."""
+        struck = [entry for entry in self.killed if entry.outcome.hit is not None]
+        count = Counter(signal.Signals(entry.order.signal).name for entry in struck)
+        waits = [entry.outcome.after_signal for entry in struck if entry.order.signal == signal.SIGTERM]
+        where = ", ".join(f"{hit} {number}" for hit, number in self.hits().most_common())
+        return f"{count['SIGKILL']} | {count['SIGTERM']} | {where} | {max(waits, default=0.0):.1f} s"
+
+
+POOLED = ("sampling", "shard")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_killed_ten_times_ends_as_if_it_had_not_been(name: str, harness: Harness, world: Path, pipelines: Path):
+    chain = Chain(name, world, pipelines)
+    whole = chain.undisturbed(harness)
+    killed = chain.strike(harness, "killed", kills=10, seed=1)
+    print(name, "|", chain.row())
+    chain.check(whole, killed)
+    assert {HITS[place] for place in chain.kind.places} <= chain.hits().keys()
+    assert chain.hits().total() >= 8  # a run may end before it comes to a place
+
+
+@pytest.mark.kills
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", KINDS)
+def test_fifty_kills(name: str, harness: Harness, world: Path, pipelines: Path, capsys: pytest.CaptureFixture[str]):
+    """Five runs are killed ten times each, each by a server of its own: another seed of Python's hashes."""
+    chain = Chain(name, world, pipelines)
+    whole = chain.undisturbed(harness)
+    for seed in range(2, 7):
+        with Harness() as fresh:
+            killed = chain.strike(fresh, f"killed-{seed}", kills=10, seed=seed)
+        chain.check(whole, killed)
+    with capsys.disabled():
+        print(f"\n| {name} | {chain.row()} | identical |")
