@@ -175,7 +175,7 @@ def _parquet(path: str | Path) -> Iterator[parquet.ParquetFile]:
         # A buffer makes pyarrow stream a row group's columns instead of loading them whole.
         with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             yield file
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path} is not a whole parquet file ({reason}); download it again") from error
 
