@@ -40,6 +40,9 @@ class BadSampleError(DataError):
         super().__init__(f"{sample}; prepare the shards again, which drops such pairs")
         self.sample = sample
 
+    def __reduce__(self) -> tuple[type[BadSampleError], tuple[BadSample]]:
+        return BadSampleError, (self.sample,)  # else it would come out of another process without its sample
+
 
 class BadSamples:
     """Which samples of a data set were found bad, by all processes of a run and over its restarts.

@@ -244,7 +244,7 @@ class Manifest:
         value = read_json(path)
         version = value.get("format_version")
         if version != FORMAT_VERSION:
-            raise DataError(f"{path}: format version {version!r}, expected {FORMAT_VERSION}; prepare it again")
+            raise DataError(f"{path}: format version {str(version)[:20]}, expected {FORMAT_VERSION}; prepare it again")
         try:
             return Manifest(
                 _one_of(value["kind"], ("pixels", "latents", "steps")),
@@ -258,7 +258,8 @@ class Manifest:
                 {str(name): float(number) for name, number in dict(value.get("statistics", {})).items()},
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise DataError(f"{path}: not a shard manifest ({error}); prepare the shards again") from error
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{path}: not a shard manifest ({reason}); prepare the shards again") from error
 
 
 def _one_of(value: Any, known: Sequence[str]) -> str:
@@ -280,7 +281,7 @@ class Sample:
 
     def bad(self, why: str) -> BadSampleError:
         """The error that says that this sample cannot be used."""
-        return BadSampleError(BadSample(self.shard, self.key, why))
+        return BadSampleError(BadSample(self.shard, self.key, " ".join(why.split())[:300]))
 
     def info(self) -> dict[str, Any]:
         """The sample's JSON member; it has at least a "caption"."""
@@ -392,7 +393,7 @@ class IndexedShard:
         except FileNotFoundError as error:
             raise DataError(f"shard {path} does not exist; check the path or prepare the shards again") from error
         except TarError as error:
-            raise DataError(f"shard {path} is {error}; {_REMEDY}") from error
+            raise DataError(f"shard {path}: {error}; {_REMEDY}") from error
         except OSError as error:
             raise DataError(f"shard {path} cannot be read ({error.strerror or error}); {_REMEDY}") from error
         self._check_samples()
