@@ -23,6 +23,7 @@ from callbacks.checkpointing import (
     newest_checkpoint,
     newest_whole_checkpoint,
 )
+from callbacks.loss_guard import LossGuard
 from callbacks.pictures import SavePictures
 from callbacks.preemption import Preemption
 from callbacks.sample_grid import SampleGrid
@@ -142,6 +143,8 @@ class ExperimentCLI(LightningCLI):
             config["logger"] = TensorBoardLogger(self.run_dir, name="", version="")
         callbacks = config["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if not any(isinstance(callback, LossGuard) for callback in callbacks):
+            callbacks.append(LossGuard())
         if config["enable_checkpointing"] is not False:
             if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
                 callbacks.append(RunCheckpoint())
@@ -155,9 +158,16 @@ class ExperimentCLI(LightningCLI):
             callbacks = [*(callback for callback in callbacks if callback not in slow), Preemption(), *slow]
         config["callbacks"] = callbacks
         try:
-            return self._instantiate_trainer(config, [self._get(self.config_init, "pictures")])
+            trainer = self._instantiate_trainer(config, [self._get(self.config_init, "pictures")])
         except MisconfigurationException as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        if not _holds_whole_weights(trainer.strategy):
+            raise ConfigError(
+                f"trainer.strategy: {type(trainer.strategy).__name__} is not supported, as pools, pictures, exports and "
+                "checkpoints are made by single processes and need whole weights; use ddp, on one machine or several, "
+                "and for less memory LoRA with AdapterOff, policy.frozen_dtype and gradient checkpointing"
+            )
+        return trainer
 
     def run_job(self) -> None:
         """Run the job of the command line; test and predict are what the callbacks do, and read no data."""
@@ -244,4 +254,8 @@ def _one_process_writes(strategy: Any) -> bool:
     """Sharded strategies write checkpoints their own way and refuse another CheckpointIO."""
     if isinstance(strategy, str):
         return strategy == "auto" or strategy.startswith("ddp")
+    return _holds_whole_weights(strategy)
+
+
+def _holds_whole_weights(strategy: Any) -> bool:
     return isinstance(strategy, pl.strategies.DDPStrategy | pl.strategies.SingleDeviceStrategy)

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from experiments.command import run_command
 from experiments.compose import CommandLine, import_named, packaged_configs
+from experiments.orphans import end_with_launcher
 from lightning_modules.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
     if not line.configs and not asks_help:
         raise ConfigError(f"--config NAME is missing; there are {', '.join(packaged_configs())}, or give a path")
 
+    end_with_launcher()
     # Lightning takes seconds to import, and a wrong word should be told at once.
     from experiments.cli import ExperimentCLI
 

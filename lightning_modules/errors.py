@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class ConfigError(UserError):
     """Settings that contradict each other, or that name something that does not exist."""
+
+
+class DivergenceError(UserError):
+    """The training itself goes wrong: its loss or gradient is not finite, again and again."""
