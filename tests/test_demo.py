@@ -1,22 +1,83 @@
-"""The demo's whole road at its smallest: drawn pairs, shards, training, judging, resuming."""
+"""The demo's roads at their smallest: pairs or pools, training, judging, resuming, comparing."""
 
 import json
 
+import pytest
+
 from experiments import demo
 
+SMALL = """
+trainer:
+  max_steps: 2
+  enable_progress_bar: false
+  callbacks:
+    - class_path: WinRate
+      init_args:
+        prompts: [one large red circle on a white background]
+        test_prompts: [one large red circle on a gray background, two small blue squares on a white background]
+        rewards: [{class_path: ShapesReward}]
+        every_n_steps: 2
+        images_per_prompt: 2
+        sampler: {class_path: Sampler, init_args: {steps: 2, guidance_scale: 2.0}}
+    - class_path: Cost
+    - class_path: ExportPolicy
+data:
+  init_args:
+    batch_size: 4
+"""
+SMALL_POOLS = """
+data:
+  init_args:
+    prompts_per_pool: 2
+    prompts_per_batch: 2
+    sampler: {steps: 4, candidates: 2, branch_from_step: 1, threshold: 0.0}
+"""
 
-def test_the_demo_draws_trains_judges_and_goes_on_where_it_stopped(tmp_path, capsys):
-    words = ["--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--pairs", "8", "--seed", "1"]
-    words += ["--trainer.max_steps=2", "--data.batch_size=4", "--trainer.enable_progress_bar=false"]
+
+@pytest.fixture
+def small(tmp_path):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "pools.yaml").write_text(SMALL_POOLS)
+    return [
+        "--data",
+        str(tmp_path / "data"),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--config",
+        str(tmp_path / "small.yaml"),
+    ]
+
+
+def commands(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ python -m experiments.")]
+
+
+def last_judged(run):
+    entry = json.loads((run / "win_rate.json").read_text())[-1]
+    return entry["split"], entry["step"], entry["comparisons"]["shapes"]["n"]
+
+
+def test_dpo_draws_trains_judges_and_goes_on_where_it_stopped(tmp_path, capsys, small):
+    words = ["--methods", "dpo", "--seeds", "1", "--pairs", "8", *small]
     demo.main(words)
-    run = tmp_path / "runs" / "demo-seed1"
-    judged = json.loads((run / "win_rate.json").read_text())
-    assert [(entry["split"], entry["step"]) for entry in judged][-1] == ("test", 2)
-    assert judged[-1]["comparisons"]["shapes"]["n"] == judged[-1]["comparisons"]["shapes/look"]["n"] > 0
-    assert any((run / "samples").glob("*.png"))
+    run = tmp_path / "runs" / "demo-dpo-seed1"
+    assert last_judged(run) == ("test", 2, 4)
     assert (run / "export").is_dir()
-    first = capsys.readouterr().out
-    assert first.count("$ python -m experiments.") == 4
-    assert "win rate" in first
+    assert [line.split()[3].removeprefix("experiments.") for line in commands(capsys)] == [
+        "prepare_feedback",
+        "prepare_pickapic",
+        "run",
+        "run",
+    ]
     demo.main(words)
-    assert capsys.readouterr().out.count("$ python -m experiments.") == 2
+    assert len(commands(capsys)) == 2
+
+
+def test_spo_and_its_control_learn_from_pools_and_are_compared(tmp_path, capsys, small):
+    demo.main(["--methods", "spo", "shuffled", *small, "--config", str(tmp_path / "pools.yaml")])
+    names = ["demo-spo-seed0", "demo-shuffled-seed0"]
+    assert [last_judged(tmp_path / "runs" / name) for name in names] == [("test", 2, 4)] * 2
+    assert len(commands(capsys)) == 5
+    assert (tmp_path / "runs" / "demo-comparison" / "index.html").is_file()
+    costs = [json.loads((tmp_path / "runs" / name / "cost.json").read_text())[-1] for name in names]
+    assert costs[0]["drawn_pictures"] == costs[1]["drawn_pictures"] > 0  # the control judges too

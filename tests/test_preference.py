@@ -250,7 +250,7 @@ def test_the_embedded_worlds_config_trains_from_nothing_and_exports_a_small_mode
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 speaks to it as of old
     build_shapes_pipeline.main(["--output", "pipeline"])
-    build_shapes_preference.main(["--output", "runs/shapes_preference", "--pipeline", "pipeline"])
+    build_shapes_preference.main(["--output", "runs/shapes_preference", "--pipeline", "pipeline", "--steps", "2"])
     for name, seed in (("pairs-and-ties", "0"), ("val-pairs", "1")):
         prepare_shapes.main(["--output", f"data/shapes/{name}-parquet", "--pairs", "16", "--seed", seed])
         ties = ["--keep-ties"] if name == "pairs-and-ties" else []
@@ -266,4 +266,4 @@ def test_the_embedded_worlds_config_trains_from_nothing_and_exports_a_small_mode
     )
     assert scores.isfinite().all()
     with pytest.raises(ConfigError, match="exists already"):
-        build_shapes_preference.main(["--output", "runs/shapes_preference", "--pipeline", "pipeline"])
+        build_shapes_preference.main(["--output", "runs/shapes_preference", "--pipeline", "pipeline", "--steps", "2"])

@@ -169,7 +169,7 @@ def test_every_class_of_the_framework_is_known_without_importing_it():
     assert known["PreferencePairsDataModule"] == "datamodules.preference_pairs"
 
 
-@pytest.mark.parametrize("name", ["dpo_tiny", "dpo_sd15", "dpo_sdxl", "sft_sd15"])
+@pytest.mark.parametrize("name", ["dpo_tiny", "dpo_sd15", "dpo_sdxl", "sft_sd15", "spo_tiny", "spo_sd15", "spo_sdxl"])
 def test_packaged_configs_parse_and_say_what_they_cost(name, folder, capsys):
     with pytest.raises(SystemExit) as exit_:
         run.main(["--config", name, "--print_config"])
