@@ -22,7 +22,7 @@ $(BIN)/installed: pyproject.toml
 
 install: $(BIN)/installed  ## Make .venv and install the project with its test tools (about 3 minutes, 6 GB)
 
-demo: $(BIN)/installed  ## Align the embedded tiny Stable Diffusion with DPO and print base against aligned
+demo: $(BIN)/installed  ## Align the embedded tiny Stable Diffusion with SPO and print base against aligned
 	$(BIN)/python -m experiments.demo --data $(DATA) --runs $(RUNS)
 
 test: $(BIN)/installed  ## Run the tests

@@ -63,7 +63,7 @@ def untrained(pipeline: str, seed: int) -> tuple[Any, Any]:
 
 
 def drawn_pairs(step: int, seed: int) -> tuple[Float[Tensor, "n 3 h w"], list[str], Float[Tensor, " b"]]:
-    """Pictures in [0, 1], the first of every pair before the second; prompts; probability that the first is preferred."""
+    """Pictures in [0, 1], all pairs' first ones, then the second; prompts; probability that the first is preferred."""
     known = prompt_splits()["train"]
     numbers = range(step * BATCH, (step + 1) * BATCH)
     prompts = [known[derive_seed(seed, "preference model's prompt", j) % len(known)] for j in numbers]

@@ -3,10 +3,10 @@
     python -m experiments.demo
     python -m experiments.demo --methods dpo spo shuffled --seeds 0 1 2
 
-What ``make demo`` runs is SPO, with the step-aware preference model that ships. ``dpo`` first lets the base draw pictures
-and orders them by the exact reward; ``shuffled`` is SPO's control, its judge's scores dealt at random. Every step is a
-command of its own, printed before it runs; a second call goes on where the first one stopped. Several runs are
-compared at the end. Further ``--key=value`` settings go to every training, as with ``experiments.run``.
+What ``make demo`` runs is SPO, with the step-aware preference model that ships. ``dpo`` first lets the base draw
+pictures and orders them by the exact reward; ``shuffled`` is SPO's control, its judge's scores dealt at random. Every
+step is a command of its own, printed before it runs; a second call goes on where the first one stopped. Several runs
+are compared at the end. Further ``--key=value`` settings go to every training, as with ``experiments.run``.
 """
 
 from __future__ import annotations
