@@ -1,63 +1,31 @@
 """Checkpoints are whole or not there, bounded in number, and a run goes on from them exactly."""
 
+import errno
+import io
 import os
 import random
+import resource
 import signal
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from tiny_regression import Regression, fit
 
-from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint, newest_checkpoint
+from callbacks.checkpointing import (
+    AtomicCheckpointIO,
+    ExactResume,
+    RunCheckpoint,
+    damage,
+    newest_checkpoint,
+    newest_whole_checkpoint,
+)
+from experiments import run
+from lightning_modules.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning")
-
-
-class FromHere(Sampler):
-    """Sample n at batch n of the run, wherever the run stands: what this framework's data modules do."""
-
-    def __init__(self, module, total):
-        self.module, self.total = module, total
-
-    def __len__(self):
-        return self.total
-
-    def __iter__(self):
-        start = self.module.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        yield from (n % self.total for n in range(start, start + self.total))
-
-
-class Regression(LightningModule):
-    def __init__(self, batches=10):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = torch.nn.Linear(3, 1)
-        data = torch.randn(batches, 3, generator=torch.Generator().manual_seed(1))
-        self.data, self.batches = TensorDataset(data, data.sum(1, keepdim=True)), batches
-
-    def training_step(self, batch, batch_idx):
-        return (self.net(batch[0]) - batch[1]).square().mean()
-
-    def train_dataloader(self):
-        return DataLoader(self.data, sampler=FromHere(self, self.batches))
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=0.1)
-
-
-def fit(folder, *callbacks, steps=6, ckpt_path=None, accumulate=1):
-    module = Regression()
-    checkpointing = any(isinstance(callback, RunCheckpoint) for callback in callbacks)
-    trainer = Trainer(
-        accelerator="cpu", max_steps=steps, accumulate_grad_batches=accumulate, default_root_dir=folder, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=checkpointing,
-        callbacks=list(callbacks), plugins=[AtomicCheckpointIO()], use_distributed_sampler=False,
-    )  # fmt: skip
-    trainer.fit(module, ckpt_path=ckpt_path, weights_only=True)
-    return module
 
 
 def names(folder):
@@ -73,6 +41,51 @@ def test_a_save_that_fails_leaves_the_former_checkpoint(tmp_path):
     AtomicCheckpointIO().save_checkpoint({"step": 3}, target)
     assert torch.load(target, weights_only=True) == {"step": 3}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@contextmanager
+def no_file_larger_than(size):
+    """As on a full disk, writing fails in the middle, inside torch's writer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_former_checkpoint(tmp_path, monkeypatch):
+    target = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, target)
+    message = "cannot write the checkpoint .*last.ckpt: {}; .* --ckpt_path auto"
+    with no_file_larger_than(100_000), pytest.raises(DataError, match=message.format("File too large")):
+        AtomicCheckpointIO().save_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, target)
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=message.format("No space left on device")):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, target)
+    assert torch.load(target, weights_only=True) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class FillsTheDisk(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 3:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+
+
+def test_a_disk_that_fills_up_ends_a_run_that_goes_on_later(tmp_path):
+    with no_file_larger_than(resource.RLIM_INFINITY), pytest.raises(DataError, match="cannot write the checkpoint"):
+        fit(tmp_path, FillsTheDisk(), RunCheckpoint(every_n_steps=2, keep=2), steps=6)
+    assert names(tmp_path) == ["last.ckpt", "step=0000002.ckpt"]
+    whole = fit(tmp_path / "whole", RunCheckpoint(), steps=6)
+    newest = newest_whole_checkpoint(tmp_path / "checkpoints").checkpoint
+    resumed = fit(tmp_path, RunCheckpoint(every_n_steps=2, keep=2), steps=6, ckpt_path=newest)
+    assert torch.equal(whole.net.weight, resumed.net.weight)
 
 
 def test_a_killed_writer_leaves_a_checkpoint_that_loads(tmp_path):
@@ -146,3 +159,181 @@ def test_without_the_rewind_it_would_not(tmp_path):
     whole = fit(tmp_path / "a", SaveAfterBatch(5, path), steps=8, accumulate=3)
     resumed = fit(tmp_path / "b", steps=8, accumulate=3, ckpt_path=path)
     assert not torch.equal(whole.net.weight, resumed.net.weight)
+
+
+# ------------------------------------------------------------------------------------ when, and how many
+
+
+def test_saves_by_the_clock_at_the_end_of_steps(tmp_path):
+    fit(tmp_path, RunCheckpoint(every_n_steps=100, keep=-1, every_n_minutes=1e-9), steps=3, accumulate=2)
+    assert names(tmp_path) == ["last.ckpt", *(f"step=000000{step}.ckpt" for step in (1, 2, 3))]
+    fit(tmp_path / "slow", RunCheckpoint(every_n_steps=100, keep=-1, every_n_minutes=1e9), steps=3, accumulate=2)
+    assert names(tmp_path / "slow") == ["last.ckpt", "step=0000003.ckpt"]
+
+
+def test_what_killed_runs_left_behind_is_cleared_away(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("step=0000001.ckpt", "step=0000900.ckpt", "last.ckpt.part", "best.ckpt"):
+        (folder / name).write_text("old")
+        os.utime(folder / name, ns=(10**18, 10**18))
+    fit(tmp_path, RunCheckpoint(every_n_steps=2, keep=2), steps=6)
+    assert names(tmp_path) == ["best.ckpt", "last.ckpt", "step=0000004.ckpt", "step=0000006.ckpt"]
+
+
+def test_a_run_that_goes_back_keeps_what_it_writes(tmp_path):
+    fit(tmp_path, RunCheckpoint(every_n_steps=2, keep=2), steps=8)
+    back = tmp_path / "checkpoints" / "step=0000006.ckpt"
+    fit(tmp_path, RunCheckpoint(every_n_steps=1, keep=2), steps=7, ckpt_path=back)
+    assert names(tmp_path) == ["last.ckpt", "step=0000007.ckpt", "step=0000008.ckpt"]
+    assert torch.load(newest_checkpoint(tmp_path / "checkpoints"), weights_only=True)["global_step"] == 7
+
+
+@pytest.mark.parametrize("settings", [{"every_n_steps": 0}, {"keep": -2}, {"every_n_minutes": 0.0}])
+def test_settings_out_of_range(settings):
+    with pytest.raises(ConfigError, match="RunCheckpoint wants every_n_steps of at least 1"):
+        RunCheckpoint(**settings)
+
+
+# -------------------------------------------------------------------------------------- damaged files
+
+
+def flipped(content):
+    """One bit of the first weight, which torch would load without a word."""
+    weight = torch.load(io.BytesIO(content), weights_only=True)["state_dict"]["net.weight"]
+    place = content.index(weight.numpy().tobytes())
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGES = {
+    "empty": (lambda content: b"", "is empty"),
+    "half": (lambda content: content[: len(content) // 2], "is cut short"),
+    "a byte short": (lambda content: content[:-1], "is cut short"),
+    "garbage": (lambda content: b"garbage" * 1000, "no checkpoint"),
+    "one bit": (flipped, "is damaged (checksum of"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run with checkpoints of steps 4 and 6."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit(folder, RunCheckpoint(every_n_steps=2, keep=2), steps=6)
+    return folder / "checkpoints"
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """A copy to damage, with the same order in time."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for age, name in enumerate(("last.ckpt", "step=0000006.ckpt", "step=0000004.ckpt")):
+        (folder / name).write_bytes((whole / name).read_bytes())
+        os.utime(folder / name, ns=(10**18 - age, 10**18 - age))
+    return folder
+
+
+def harm(file, how):
+    times = file.stat().st_mtime_ns
+    file.write_bytes(DAMAGES[how][0](file.read_bytes()))
+    os.utime(file, ns=(times, times))
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damage_is_found_and_the_one_before_taken(copied, how):
+    assert newest_whole_checkpoint(copied).checkpoint == copied / "last.ckpt"
+    harm(copied / "last.ckpt", how)
+    assert DAMAGES[how][1] in damage(copied / "last.ckpt")
+    assert newest_whole_checkpoint(copied).checkpoint == copied / "step=0000006.ckpt"
+    harm(copied / "step=0000006.ckpt", how)
+    found = newest_whole_checkpoint(copied)
+    assert found.checkpoint == copied / "step=0000004.ckpt"
+    assert list(found.damaged) == [copied / "last.ckpt", copied / "step=0000006.ckpt"]
+
+
+def test_a_whole_file_of_another_kind_is_no_checkpoint(tmp_path):
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "a.ckpt")
+    assert damage(tmp_path / "a.ckpt") == "holds something other than a run's checkpoint"
+    torch.save({"state_dict": print}, tmp_path / "b.ckpt")
+    assert damage(tmp_path / "b.ckpt") == "is no checkpoint that can be loaded"
+
+
+# ------------------------------------------------------------------------------------ the command line
+
+CONFIG = """
+trainer:
+  accelerator: cpu
+  max_steps: 8
+  enable_progress_bar: false
+  enable_model_summary: false
+  logger: false
+model: {class_path: tiny_regression.Regression}
+data: {class_path: tiny_regression.RegressionData}
+"""
+
+
+@pytest.fixture
+def start(copied, tmp_path, monkeypatch):
+    """Starts the command in the folder of a run of 6 steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    (tmp_path / "line.yaml").write_text(CONFIG)
+    return lambda *words: run.main(["--config", "line.yaml", "--run_dir", "run", *words])
+
+
+@pytest.mark.parametrize("word", ["--resume=auto", "--ckpt_path=last", "--resume=last"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(start, copied, caplog, word):
+    for name in ("last.ckpt", "step=0000006.ckpt"):
+        harm(copied / name, "half")
+    with caplog.at_level("INFO"):
+        cli = start(word)
+    assert cli.trainer.global_step == 8
+    assert str(cli.checkpoint) == "run/checkpoints/step=0000004.ckpt"
+    (line,) = [record.getMessage() for record in caplog.records if "cut short" in record.getMessage()]
+    assert line == (
+        "run/checkpoints/last.ckpt is cut short or no checkpoint, run/checkpoints/step=0000006.ckpt is cut short or no "
+        "checkpoint; taking the one before, run/checkpoints/step=0000004.ckpt"
+    )
+
+
+def test_a_run_never_starts_afresh_where_all_checkpoints_are_damaged(start, copied):
+    for file in copied.iterdir():
+        harm(file, "empty")
+    for word in ("--resume=auto", "--resume=last"):
+        with pytest.raises(ConfigError, match="no checkpoint is whole: .*last.ckpt is empty, .*; bring one back"):
+            start(word)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        start()
+
+
+def test_a_damaged_checkpoint_given_by_name_is_one_line(start, copied):
+    harm(copied / "last.ckpt", "one bit")
+    with pytest.raises(ConfigError, match="last.ckpt is damaged .checksum of .*; give another, or 'last'"):
+        start("--resume", "run/checkpoints/last.ckpt")
+
+
+def test_resume_and_ckpt_path_are_one_setting(start):
+    with pytest.raises(ConfigError, match="--resume auto and --ckpt_path last are two words for one thing; give one"):
+        start("--ckpt_path", "last", "--resume=auto")
+    cli = start("--ckpt_path", "last", "--resume=last")
+    assert cli.config.ckpt_path == "last"
+    assert "resume" not in cli.config
+
+
+@pytest.mark.parametrize(("place", "message"), [("file/run", "file is no folder"), ("locked/run", "cannot be written")])
+def test_a_run_folder_that_cannot_be_written_is_told_before_anything_is_built(
+    start, tmp_path, monkeypatch, place, message
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(0o500)
+    if os.getuid() == 0:  # whom no mode stops
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and access(path, mode))
+
+    def built(self):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(Regression, "__init__", built)
+    with pytest.raises(ConfigError, match=message):
+        start("--run_dir", place)

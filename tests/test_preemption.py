@@ -1,0 +1,302 @@
+"""A run that gets a signal leaves a checkpoint, a requeued job and a code; it goes on as if nothing had happened."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from tiny_regression import Regression, Sends, Validated, fit
+from tiny_world import make, trainer
+
+from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint, newest_checkpoint
+from callbacks.preemption import SIGNALS, Preemption, requeue
+from datamodules.step_pool import StepPoolDataModule
+from lightning_modules.errors import DataError
+from lightning_modules.objectives.spo import SPO
+from lightning_modules.references import AdapterOff
+from lightning_modules.step_sampling import StepSampler
+from lightning_modules.step_scoring import RandomScorer
+
+TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """No handler of a run outlives it."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def run(folder, *callbacks, **options):
+    """Windows of 3 batches, 8 steps, which end in the third epoch."""
+    settings = {"steps": 8, "accumulate": 3} | options
+    return fit(folder, *callbacks, Preemption(), RunCheckpoint(every_n_steps=100), ExactResume(), **settings)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+def names(folder):
+    return sorted(file.name for file in (folder / "checkpoints").glob("*"))
+
+
+# ------------------------------------------------------------------------------------------- leaving
+
+
+# The batch is the last one of the run that begins. 2 and 5: a step ends with it. 4 and 6: within a window. 9: the last
+# of an epoch, whose window is short. 10: the first of the next.
+@pytest.mark.parametrize(
+    ("batch", "numbers", "code"),
+    [
+        (2, [TERM], 143),
+        (4, [USR1], 138),
+        (5, [INT], 130),
+        (6, [TERM, TERM, USR1, INT], 143),
+        (9, [USR1], 138),
+        (10, [TERM], 143),
+    ],
+)
+def test_a_signal_saves_leaves_with_its_code_and_the_run_goes_on_exactly(whole, tmp_path, capfd, batch, numbers, code):
+    cut = Regression()
+    with pytest.raises(SystemExit) as left:
+        run(tmp_path, Sends(batch, *numbers), module=cut)
+    assert left.value.code == code
+    assert len(cut.losses) == batch + 1
+    step = torch.load(newest_checkpoint(tmp_path / "checkpoints"), weights_only=True)["global_step"]
+    assert names(tmp_path) == ["last.ckpt", f"step={step:07d}.ckpt"]
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "stopped" in line]
+    name = signal.Signals(code - 128).name
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert line == f"stopped by {name} at step {step}, saved in {last}; go on with --ckpt_path auto"
+
+    resumed = run(tmp_path, ckpt_path=newest_checkpoint(tmp_path / "checkpoints"))
+    assert torch.equal(resumed.net.weight, whole.net.weight)
+    assert resumed.losses == whole.losses[-len(resumed.losses) :]
+    assert len(whole.losses) - len(resumed.losses) <= batch + 1
+
+
+def test_a_second_interrupt_leaves_at_once_and_saves_nothing(tmp_path, capfd):
+    cut = Regression()
+    with pytest.raises(SystemExit) as left:
+        run(tmp_path, Sends(6, INT, INT), module=cut)
+    assert left.value.code == 130
+    assert len(cut.losses) == 6
+    assert names(tmp_path) == []
+    assert "stopped" not in capfd.readouterr().err
+
+
+def test_before_the_first_step_there_is_nothing_to_save(tmp_path, capfd):
+    with pytest.raises(SystemExit):
+        run(tmp_path, Sends(1, TERM))
+    assert names(tmp_path) == []
+    told = "stopped by SIGTERM before there was a checkpoint to write; start again with the same command"
+    assert told in capfd.readouterr().err
+
+
+def test_without_checkpoints_it_says_so(tmp_path, capfd):
+    with pytest.raises(SystemExit) as left:
+        fit(tmp_path, Sends(3, TERM), Preemption())
+    assert left.value.code == 143
+    assert "at step 4; nothing is saved, as trainer.enable_checkpointing is false" in capfd.readouterr().err
+
+
+class SendsWhileSaving(AtomicCheckpointIO):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        os.kill(os.getpid(), TERM)
+        super().save_checkpoint(checkpoint, path)
+        os.kill(os.getpid(), TERM)
+
+
+class SendsWhileValidating(Callback):
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if not trainer.sanity_checking and trainer.global_step > 1:
+            os.kill(os.getpid(), USR1)
+
+
+@pytest.mark.parametrize("where", ["saving", "validating"])
+def test_a_signal_while_saving_or_validating_does_no_harm(whole, tmp_path, where):
+    first, again = {"plugins": [SendsWhileSaving()]}, {}
+    sends = Sends(4, TERM)
+    if where == "validating":
+        sends = SendsWhileValidating()
+        first, again = ({"module": Validated(), "val_check_interval": 7} for _ in range(2))
+    with pytest.raises(SystemExit):
+        run(tmp_path, sends, **first)
+    resumed = run(tmp_path, ckpt_path=newest_checkpoint(tmp_path / "checkpoints"), **again)
+    assert torch.equal(resumed.net.weight, whole.net.weight)
+
+
+def test_a_signal_on_a_full_disk_ends_with_its_line_and_no_requeue(tmp_path, monkeypatch, scontrol):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="cannot write the checkpoint .*: No space left on device"):
+        run(tmp_path, Sends(4, TERM))
+    assert names(tmp_path) == []
+    assert not scontrol.exists()
+
+
+# --------------------------------------------------------------------------------------------- SLURM
+
+SCONTROL = """#!/bin/sh
+[ "$1" = show ] && echo "JobId=7 JobState=$STATE Requeue=1" && exit
+echo "$@" >> "{calls}"
+[ "$STATE" = BUSY ] && echo "slurm_requeue error: busy" >&2 && exit 1
+exit 0
+"""
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A stand-in that writes down what it is asked to requeue; the file it writes."""
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    (folder / "scontrol").write_text(SCONTROL.format(calls=calls))
+    (folder / "scontrol").chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("STATE", "RUNNING")
+    return calls
+
+
+@pytest.mark.parametrize(("number", "asked"), [(TERM, "requeue 7\n"), (USR1, "requeue 7\n"), (INT, None)])
+def test_in_slurm_the_scheduler_s_signals_requeue(tmp_path, monkeypatch, scontrol, capfd, number, asked):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(SystemExit) as left:
+        run(tmp_path, Sends(4, number))
+    assert left.value.code == 128 + number
+    assert (scontrol.read_text() if scontrol.exists() else None) == asked
+    assert ("requeued SLURM job 7" in capfd.readouterr().err) == (asked is not None)
+
+
+def test_a_task_of_an_array_is_requeued_alone(monkeypatch, scontrol):
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    requeue()
+    assert scontrol.read_text() == "requeue 7_2\n"
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
+def test_a_job_that_slurm_is_ending_itself_is_left_to_it(monkeypatch, scontrol, capfd, state):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("STATE", state)
+    requeue()
+    assert not scontrol.exists()
+    told = f"SLURM job 7 was cancelled or preempted ({state}): not requeued by this run\n"
+    assert capfd.readouterr().err == told
+
+
+def test_a_requeue_that_fails_says_why(monkeypatch, scontrol, capfd):
+    requeue()  # outside SLURM
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("STATE", "BUSY")
+    requeue()
+    told = "could not requeue SLURM job 7: {}; submit it again with --ckpt_path auto\n"
+    assert capfd.readouterr().err == told.format("slurm_requeue error: busy")
+    monkeypatch.setenv("PATH", "/nowhere")
+    requeue()
+    assert capfd.readouterr().err == told.format("[Errno 2] No such file or directory: 'scontrol'")
+
+
+# --------------------------------------------------------------------------------------------- pools
+
+
+class Called(RandomScorer):
+    """Gets a signal when it is asked for the n-th time, in the middle of a chunk; two questions a prompt."""
+
+    def __init__(self, at=None):
+        super().__init__()
+        self.asked, self.fate = [], [at]
+
+    def score(self, candidates):
+        self.asked.append(candidates.prompts)
+        if len(self.asked) == self.fate[0]:
+            os.kill(os.getpid(), TERM)
+        return super().score(candidates)
+
+
+def pools(pipelines, folder, at=None, resume=False):
+    """Two pools of five prompts, a chunk each; no checkpoint in between but for those of pools' ends."""
+    scorer = Called(at)
+    sampler = StepSampler(steps=3, branch_from_step=1, candidates=2, threshold=0.3, guidance_scale=1.0)
+    prompts = ["a cat", "a dog", "the sea", "a red house", "two birds"]
+    data = StepPoolDataModule(sampler, 2, prompts, scorer, prompts_per_batch=1, seed=7)
+    module = make(pipelines, reference=AdapterOff(), objective=SPO(guidance_scale=1.0))
+    running = trainer(
+        folder, Preemption(), RunCheckpoint(every_n_steps=100, keep=1), ExactResume(), max_epochs=2,
+        enable_checkpointing=True, plugins=[AtomicCheckpointIO()], reload_dataloaders_every_n_epochs=1,
+    )  # fmt: skip
+    newest = newest_checkpoint(folder / "checkpoints")
+    assert (newest is not None) == resume
+    running.fit(module, data, ckpt_path=newest)
+    return torch.cat([parameter.detach().flatten() for parameter in module.policy.trainable_parameters()]), scorer
+
+
+@pytest.fixture(scope="module")
+def whole_pools(tmp_path_factory, pipelines):
+    return pools(pipelines, tmp_path_factory.mktemp("pools"))[0]
+
+
+@pytest.mark.parametrize("pool", [0, 1])
+def test_a_signal_in_sampling_keeps_finished_chunks_and_the_pools_before(whole_pools, pipelines, tmp_path, capfd, pool):
+    with pytest.raises(SystemExit) as left:
+        pools(pipelines, tmp_path, at=pool * 10 + 3)  # in the second chunk
+    assert left.value.code == 143
+    told = capfd.readouterr().err
+    assert ("go on with --ckpt_path auto" if pool else "start again with the same command") in told
+    assert len(list((tmp_path / "pools").glob(f"pool-{pool:05d}-*/?????.json"))) == 2  # that chunk is finished first
+    weights, scorer = pools(pipelines, tmp_path, resume=pool > 0)
+    assert torch.equal(weights, whole_pools)
+    assert len(scorer.asked) == (2 - pool) * 10 - 4
+
+
+# --------------------------------------------------------------------------------------------- ranks
+
+
+def two(folder, *callbacks, **options):
+    # Forked, because a fresh interpreter takes seconds to import; the processes and their exchange are the same.
+    return run(folder, *callbacks, devices=2, strategy="ddp_fork", **options)
+
+
+def last(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+SCRIPT = """
+import sys
+from test_preemption import Sends, TERM, run
+run(sys.argv[1], Sends(4, TERM, rank=1), devices=2, strategy="ddp")
+"""
+
+
+def test_ranks_leave_together_when_one_gets_the_signal(tmp_path):
+    """Rank 1 alone is told, in the middle of a window. Its parent, rank 0, must save, and end with its code."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "cut")],
+        capture_output=True, text=True, timeout=240, check=False,
+        env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    assert done.returncode == 143, done.stderr[-3000:]
+    assert done.stderr.count("stopped by SIGTERM at step 1, saved in") == 1
+    assert "Traceback" not in done.stderr
+    two(tmp_path / "whole")
+    two(tmp_path / "cut", ckpt_path=newest_checkpoint(tmp_path / "cut" / "checkpoints"))
+    for name, value in last(tmp_path / "whole").items():
+        assert torch.equal(value, last(tmp_path / "cut")[name])
