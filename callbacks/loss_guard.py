@@ -83,7 +83,8 @@ class LossGuard(Callback):
     def _faults(self, trainer: pl.Trainer, finite: list[Tensor], norm: Float[Tensor, ""]) -> list[str]:
         """What is wrong on any rank, the same on every rank."""
         limit = torch.inf if self.max_gradient_norm is None else self.max_gradient_norm
-        here = torch.stack([~torch.stack(finite).all(), ~norm.isfinite(), norm > limit]).to(norm.device)
+        wrong = sum((~value.to(norm.device) for value in finite), start=torch.zeros_like(norm))
+        here = torch.stack([wrong > 0, ~norm.isfinite(), norm.isfinite() & (norm > limit)])
         found = trainer.strategy.reduce(here.float(), reduce_op="max").tolist()
         return [name for name, wrong in zip(("loss", "gradient", "limit"), found) if wrong]
 

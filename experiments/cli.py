@@ -163,9 +163,9 @@ class ExperimentCLI(LightningCLI):
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         if not _holds_whole_weights(trainer.strategy):
             raise ConfigError(
-                f"trainer.strategy: {type(trainer.strategy).__name__} is not supported, as pools, pictures, exports and "
-                "checkpoints are made by single processes and need whole weights; use ddp, on one machine or several, "
-                "and for less memory LoRA with AdapterOff, policy.frozen_dtype and gradient checkpointing"
+                f"trainer.strategy: {type(trainer.strategy).__name__} shards weights, and pools, pictures, exports and "
+                "checkpoints are made by single processes that need them whole; use ddp, on one machine or several, "
+                "and for less memory LoRA with AdapterOff, policy.frozen_dtype and policy.gradient_checkpointing"
             )
         return trainer
 

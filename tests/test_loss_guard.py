@@ -152,14 +152,16 @@ def test_a_fault_on_one_rank_is_left_out_on_all(pipelines, tmp_path):
 
 
 class Line(LightningModule):
-    """One weight w, loss x w: its gradient is x, whatever w is. Adam decays w, too."""
+    """One weight w, loss x w, so that its gradient is x; with x in fp16, x x w in fp16. Adam decays w, too."""
 
-    def __init__(self, fused=False):
+    def __init__(self, fused=False, start=1.0):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.weight = torch.nn.Parameter(torch.full((1,), start))
         self.fused = fused
 
     def training_step(self, x, batch_idx):
+        if x.dtype == torch.half:
+            return (self.weight.half() * x * x).float().sum()
         return (self.weight * x).sum()
 
     def configure_optimizers(self):
@@ -204,14 +206,18 @@ def half(scale):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scaler_that_looks_for_its_scale_is_not_at_fault_but_an_overflow_without_scale_is(tmp_path, fused):
-    large = torch.tensor(1e38)  # times a scale of 16 it overflows fp32, and so does its norm's square
-    module, guard = follow(tmp_path, [torch.tensor(1.0)] * 2, module=Line(fused), plugins=[half(2.0**20)])
-    assert (guard.skipped, module.weight.item() < 1) == (0, True)
-    module = Line(fused)
-    with pytest.raises(DivergenceError, match="3 optimizer steps in a row"):
-        # 16, 8, 4, 2: the scaler's; at 1: faults.
-        follow(tmp_path, [large * 1e3] * 20, module=module, plugins=[half(16.0)])
-    assert module.weight.item() == 1.0
+    """Above 65504 fp16 ends: a gradient of 8 x 8 overflows at scale 1024 and not at 512, one of 300 x 300 always."""
+    x = torch.tensor(8.0, dtype=torch.half)
+    module, guard = follow(tmp_path, [x, x, x], module=Line(fused), plugins=[half(1024.0)])
+    expected, _ = follow(tmp_path, [x, x], module=Line(fused), plugins=[half(512.0)])
+    assert guard.skipped == 0
+    assert torch.equal(module.weight, expected.weight)
+
+    module = Line(fused, start=0.0)
+    with pytest.raises(DivergenceError, match="3 optimizer steps .* the last is step 4: the gradient is not finite"):
+        # At scale 4 and 2 the scaler's own, at 1 and below faults.
+        follow(tmp_path, [torch.tensor(300.0, dtype=torch.half)] * 9, module=module, plugins=[half(4.0)])
+    assert module.weight.item() == 0.0
 
 
 @pytest.mark.parametrize("fused", [False, True])
