@@ -183,9 +183,10 @@ def requeue() -> None:
     if job is None:
         return None
     # scancel, too, sends SIGTERM, and SLURM would requeue even a cancelled job. Until its processes have left it is
-    # COMPLETING, as is a job that SLURM has preempted and requeued itself; a job within its time to leave is RUNNING.
+    # COMPLETING, as is a job that SLURM has preempted and requeued itself, and one that had no warning of its time
+    # limit. A job within its time to leave is RUNNING.
     answer = _scontrol("show", "job", "--oneliner", job)
-    state = re.search(r"\bJobState=(COMPLETING|CANCELLED)", answer.stdout)
+    state = re.search(r"\bJobState=(COMPLETING|CANCELLED)\b(?! Reason=TimeLimit)", answer.stdout)
     if state is not None:
         return _tell(f"SLURM job {job} was cancelled or preempted ({state[1]}): not requeued by this run")
     answer = _scontrol("requeue", job)
