@@ -19,10 +19,12 @@ def run_command(main: Callable[[], Any]) -> None:
 
     A mistake of the user, or a disk that takes no more, is one line and status 2; a bug of ours a traceback. A signal
     is no line and 128 + its number, with everything closed on the way out; training replaces these handlers by those
-    of ``callbacks.preemption``, which save first.
+    of ``callbacks.preemption``, which save first. A signal that whoever starts this has ignored stays ignored until
+    then: under SLURM a job that leaves before it can put itself back into the queue counts as failed.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _leave)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _leave)
     try:
         main()
     except UserError as error:
