@@ -18,6 +18,7 @@ import torch
 from pairs_data import write_shards
 
 from experiments import run
+from experiments.command import run_command
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "experiments" / "slurm"
@@ -76,11 +77,11 @@ data:
 
 @pytest.fixture(scope="module")
 def dpo(tmp_path_factory, pipelines):
-    """A training on pairs, 60 batches, and the folder of its uninterrupted run."""
+    """A training on pairs, 150 batches, and the folder of its uninterrupted run."""
     home = tmp_path_factory.mktemp("dpo")
     shards = write_shards(home / "shards", [7, 6], (16, 16))
     objective = "{class_path: DPO, init_args: {beta: 100.0}}"
-    base = BASE.format(pipelines=pipelines, trainer="max_steps: 60", objective=objective)
+    base = BASE.format(pipelines=pipelines, trainer="max_steps: 150", objective=objective)
     (home / "dpo.yaml").write_text(base + PAIRS.format(shards=shards))
     return home / "dpo.yaml", run_here("--config", str(home / "dpo.yaml"), "--run_dir", str(home / "whole"))
 
@@ -119,11 +120,11 @@ def assert_same(folder, whole, batches):
     assert any(value.abs().max() > 1e-3 for name, value in expected.items() if "lora_B" in name)  # B starts at 0
 
 
-def wait_until(condition, seconds, what):
-    deadline = time.monotonic() + seconds
+def wait_until(condition, tell, every=0.01):
+    deadline = time.monotonic() + PATIENCE
     while not (result := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what()}"
-        time.sleep(0.005)
+        assert time.monotonic() < deadline, f"not within {PATIENCE} s: {tell()}"
+        time.sleep(every)
     return result
 
 
@@ -158,7 +159,7 @@ class Job:
             )  # fmt: skip
         try:
             if strike is not None:
-                wait_until(lambda: process.poll() is not None or strike(), PATIENCE, self.output)
+                wait_until(lambda: process.poll() is not None or strike(), self.output)
                 assert process.poll() is None, self.output()
                 os.kill(int((self.folder / "pid").read_text()), signal.SIGUSR1)
             return process.wait(PATIENCE)
@@ -183,13 +184,13 @@ def test_a_training_that_slurm_interrupts_ends_as_if_it_had_not(tmp_path, dpo):
     assert job.run(lambda: losses.exists() and losses.read_text().count("\n") >= 5) == STOPPED, job.output()
     assert job.requeued == ["requeue 4711"]
     done = losses.read_text().count("\n")
-    assert 5 <= done < 60
+    assert 5 <= done < 150
     checkpoint = torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == done
 
     assert job.run() == 0, job.output()
     assert job.requeued == ["requeue 4711"]
-    assert_same(cut, whole, 60)
+    assert_same(cut, whole, 150)
     assert re.findall(r"^job 4711, start (\d)", job.output(), re.MULTILINE) == ["1", "2"]
 
 
@@ -214,6 +215,19 @@ def test_an_array_that_slurm_interrupts_fills_the_pool_that_the_training_wants(t
     run_here("--config", str(config), "--run_dir", str(cut), "--ckpt_path", "auto")
     assert every == {shard: shard.stat().st_mtime_ns for shard in cut.glob("pools/*/*.tar")}
     assert_same(cut, whole, len((cut / "losses.txt").read_text().split()))
+
+
+def test_a_signal_that_the_script_ignores_is_ignored_until_the_training_listens():
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        run_command(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run_command(lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def test_an_array_must_count_from_zero(tmp_path):
@@ -253,6 +267,9 @@ def test_each_script_can_be_requeued_and_warns_its_processes_before_the_limit(sc
 # ------------------------------------------------------------------------------------- with a real SLURM
 
 
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+
 class Cluster:
     """SLURM's commands, for the cluster whose files are in a folder."""
 
@@ -277,18 +294,18 @@ class Cluster:
         assert found is not None
         return found[1]
 
-    def wait_for_restart(self, job, starts):
-        """Until it is back in the queue; a new start needn't wait for two minutes then."""
-        wait_until(lambda: int(self.show(job, "Restarts")) == starts, PATIENCE, lambda: self.ask("squeue"))
-        wait_until(lambda: self.show(job, "JobState") == "PENDING", PATIENCE, lambda: self.ask("squeue"))
+    def wait(self, condition):
+        return wait_until(condition, lambda: self.ask("squeue"), every=0.5)
+
+    def wait_for_restart(self, job):
+        """Until it is back in the queue for the first time; a new start needn't wait for two minutes then."""
+        self.wait(lambda: self.show(job, "Restarts") == "1" or self.show(job, "JobState") in OVER)
+        assert self.show(job, "Restarts") == "1", self.show(job, "JobState")
+        self.wait(lambda: self.show(job, "JobState") == "PENDING")
         self.ask("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")
 
     def wait_for_end(self, job):
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-        return wait_until(
-            lambda: state if (state := self.show(job, "JobState")) in over else None, PATIENCE,
-            lambda: self.ask("squeue"),
-        )  # fmt: skip
+        return self.wait(lambda: state if (state := self.show(job, "JobState")) in OVER else None)
 
 
 @pytest.fixture(scope="module")
@@ -303,13 +320,14 @@ def cluster():
 
 
 class RealJob:
-    """A submitted train.sbatch that has trained on some batches."""
+    """A submitted training that has trained on some batches."""
 
-    def __init__(self, cluster, folder, config, *options):
+    def __init__(self, cluster, folder, config, *options, script="train.sbatch", words=()):
         self.cluster, self.folder, self.printed = cluster, folder / "run", folder / "output"
-        words = ["--config", str(config), "--run_dir", str(self.folder)]
-        self.id = cluster.submit(self.printed, "train.sbatch", *words, options=options)
-        wait_until(lambda: self.batches >= 3, PATIENCE, self.output)
+        words = ["--config", str(config), "--run_dir", str(self.folder), *words]
+        self.id = cluster.submit(self.printed, script, *words, options=options)
+        cluster.wait(lambda: self.batches >= 3 or cluster.show(self.id, "JobState") in OVER)
+        assert self.batches >= 3, self.output()
 
     @property
     def batches(self):
@@ -321,18 +339,20 @@ class RealJob:
 
 
 @pytest.mark.slurm
-def test_time_limit_requeue_and_end_in_a_real_slurm(cluster, tmp_path, dpo):
+@pytest.mark.parametrize(("warning", "heard"), [("USR1@10", "SIGUSR1"), ("CONT@10", "SIGTERM")])
+def test_time_limit_requeue_and_end_in_a_real_slurm(cluster, tmp_path, dpo, warning, heard):
+    """With the script's warning before the limit, and with one that says nothing, which leaves SLURM's KillWait."""
     config, whole = dpo
-    job = RealJob(cluster, tmp_path, config, "--signal=USR1@10")
+    job = RealJob(cluster, tmp_path, config, f"--signal={warning}")
     # As a time limit of minutes, but that it doesn't matter how long the start took.
-    seconds = [int(part) for part in cluster.show(job.id, "RunTime").split(":")]
-    cluster.ask("scontrol", "update", f"JobId={job.id}", f"TimeLimit={seconds[0] * 60 + seconds[1] + 1}")
-    cluster.wait_for_restart(job.id, 1)
+    hours, minutes, _ = (int(part) for part in cluster.show(job.id, "RunTime").split(":"))
+    cluster.ask("scontrol", "update", f"JobId={job.id}", f"TimeLimit={hours * 60 + minutes + 2}")
+    cluster.wait_for_restart(job.id)
     assert f"requeued SLURM job {job.id}" in job.output()
-    assert "stopped by SIGUSR1" in job.output()
-    assert 3 <= job.batches < 60
+    assert f"stopped by {heard}" in job.output()
+    assert 3 <= job.batches < 150
     assert cluster.wait_for_end(job.id) == "COMPLETED", job.output()
-    assert_same(job.folder, whole, 60)
+    assert_same(job.folder, whole, 150)
     assert cluster.show(job.id, "Restarts") == "1"
 
 
@@ -342,14 +362,14 @@ def test_preemption_requeue_and_end_in_a_real_slurm(cluster, tmp_path, dpo, part
     config, whole = dpo
     job = RealJob(cluster, tmp_path, config, f"--partition={partition}")
     cluster.ask("sbatch", "--partition=high", "--output=/dev/null", "--wrap=sleep 1")
-    cluster.wait_for_restart(job.id, 1)
+    cluster.wait_for_restart(job.id)
     assert "stopped by SIGTERM" in job.output()
     # Without time to leave, SLURM has requeued the job itself before it tells it.
     told = f"requeued SLURM job {job.id}" if partition == "patient" else "not requeued by this run"
     assert told in job.output()
-    assert 3 <= job.batches < 60
+    assert 3 <= job.batches < 150
     assert cluster.wait_for_end(job.id) == "COMPLETED", job.output()
-    assert_same(job.folder, whole, 60)
+    assert_same(job.folder, whole, 150)
 
 
 @pytest.mark.slurm
@@ -365,16 +385,15 @@ def test_a_cancelled_job_saves_and_stays_cancelled_in_a_real_slurm(cluster, tmp_
 
 
 @pytest.mark.slurm
-def test_a_preemption_while_python_starts_loses_nothing_in_a_real_slurm(cluster, tmp_path):
+def test_a_preemption_while_python_starts_loses_nothing_in_a_real_slurm(cluster, tmp_path, monkeypatch):
     """SLURM warns a job that cannot hear yet; it must not end as failed, which nobody would start again."""
     show = tmp_path / "python"
     show.write_text("#!/bin/bash\necho started >> $0.starts\nsleep 5\n")
     show.chmod(0o755)
-    cluster.environment |= {"PYTHON": str(show)}
+    monkeypatch.setitem(cluster.environment, "PYTHON", str(show))
     job = cluster.submit(tmp_path / "output", "train.sbatch", options=["--partition=patient"])
-    cluster.environment |= {"PYTHON": sys.executable}
     starts = tmp_path / "python.starts"
-    wait_until(starts.exists, PATIENCE, lambda: cluster.ask("squeue"))
+    cluster.wait(starts.exists)
     step = f"{job}.0"
     cluster.ask("scancel", "--signal=TERM", step)
     cluster.ask("scancel", "--signal=USR1", step)
@@ -388,9 +407,28 @@ def test_an_array_fills_a_pool_and_the_training_waits_for_it_in_a_real_slurm(clu
     fill = cluster.submit(tmp_path / "fill-%a", "pool_array.sbatch", *words, options=["--array=0-1"])
     after = [f"--dependency=afterok:{fill}", "--kill-on-invalid-dep=yes"]
     job = cluster.submit(tmp_path / "train", "train.sbatch", *words, options=after)
-    wait_until(lambda: list(tmp_path.glob("run/pools/*/*.tar")), PATIENCE, lambda: cluster.ask("squeue"))
+    cluster.wait(lambda: list(tmp_path.glob("run/pools/*/*.tar")))
     cluster.ask("sbatch", "--partition=high", "--output=/dev/null", "--wrap=sleep 1")
-    cluster.wait_for_restart(f"{fill}_0", 1)
+    cluster.wait_for_restart(f"{fill}_0")
     assert cluster.wait_for_end(job) == "COMPLETED", (tmp_path / "train").read_text()
     assert "Pool" not in (tmp_path / "train").read_text()
     assert_same(tmp_path / "run", whole, len((whole / "losses.txt").read_text().split()))
+
+
+@pytest.mark.slurm
+def test_two_nodes_leave_together_and_go_on_exactly_in_a_real_slurm(cluster, tmp_path, dpo, monkeypatch):
+    config, _ = dpo
+    monkeypatch.setitem(cluster.environment, "MASTER_ADDR", "127.0.0.1")  # the nodes' names are those of no host
+    options = ["--partition=pair", "--ntasks-per-node=1", "--gpus-per-node=1"]
+    both = {"script": "train_multinode.sbatch", "words": ["--data.batch_size=2"]}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole = RealJob(cluster, tmp_path / "whole", config, *options, **both)
+    assert cluster.wait_for_end(whole.id) == "COMPLETED", whole.output()
+    cut = RealJob(cluster, tmp_path / "cut", config, *options, **both)
+    cluster.ask("scancel", "--signal=USR1", f"{cut.id}.0")  # as SLURM does before the time limit
+    cluster.wait_for_restart(cut.id)
+    assert cut.output().count(f"requeued SLURM job {cut.id}") == 1
+    assert 3 <= cut.batches < 150
+    assert cluster.wait_for_end(cut.id) == "COMPLETED", cut.output()
+    assert_same(cut.folder, whole.folder, 150)

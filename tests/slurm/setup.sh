@@ -6,8 +6,8 @@
 #
 # As root. Afterwards `export SLURM_CONF=FOLDER/slurm.conf`. Nothing outside FOLDER is written, apart from the two
 # packages: the key, the sockets, the state and the logs are in it. The path must be short (a socket's has <= 107
-# characters). Two nodes, both of them this machine. The partitions low (default; no time to leave) and patient (60 s) are
-# preempted by high and requeued, all three on the first node; pair has both nodes.
+# characters). Two nodes, both of them this machine, one job a node. The partitions low (default; no time to leave) and
+# patient (60 s) are preempted by high and requeued, all three on the first node; pair has both nodes.
 set -euo pipefail
 
 command=${1:?start or stop}
@@ -20,7 +20,8 @@ stop() {
     pid=$(< "$folder/$name.pid")
     kill "$pid" 2> /dev/null || true
     for _ in {1..100}; do
-      kill -0 "$pid" 2> /dev/null || break
+      # A container may have nobody to bury the dead.
+      grep -qsE '^State:[[:space:]]+[^Z]' "/proc/$pid/status" || break
       sleep 0.1
     done
     kill -9 "$pid" 2> /dev/null || true
@@ -65,7 +66,7 @@ MpiDefault=none
 # The node is whatever this machine is, and comes back by itself.
 SlurmdParameters=config_overrides
 ReturnToService=2
-SelectType=select/linear
+SelectType=select/cons_tres
 SchedulerParameters=sched_interval=5,bf_interval=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -73,10 +74,10 @@ KillWait=30
 GresTypes=gpu
 NodeName=one NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=$(nproc) Gres=gpu:2
 NodeName=two NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=$(nproc) Gres=gpu:2
-PartitionName=low Nodes=one Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
-PartitionName=patient Nodes=one PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=high Nodes=one PriorityTier=2 PreemptMode=OFF
-PartitionName=pair Nodes=one,two PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=low Nodes=one OverSubscribe=EXCLUSIVE Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
+PartitionName=patient Nodes=one OverSubscribe=EXCLUSIVE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=high Nodes=one OverSubscribe=EXCLUSIVE PriorityTier=2 PreemptMode=OFF
+PartitionName=pair Nodes=one,two OverSubscribe=EXCLUSIVE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 CONF
   # The scripts ask for GPUs, and no job of the tests touches one: any two devices will do.
   printf 'Name=gpu File=%s\n' /dev/null /dev/zero > "$folder/gres.conf"

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class LossRecord(Callback):
-    """Appends each batch's exact loss to ``losses.txt`` in the run folder; then waits $PROBE_SECONDS, if that is set."""
+    """Appends each batch's exact loss to ``losses.txt`` in the run folder, then waits for $PROBE_SECONDS, if set."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.is_global_zero:
