@@ -111,15 +111,12 @@ class RunCheckpoint(ModelCheckpoint):
             # It is when a run is resumed; the command line refuses to start another run there.
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.is_global_zero:
-            for left in Path(self.dirpath).glob("*.ckpt.part"):  # by a writer that was killed
-                left.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_at, self._step = time.monotonic(), trainer.global_step
-        newest = newest_checkpoint(Path(str(self.dirpath)))
-        here = newest is not None and trainer.ckpt_path is not None and newest.samefile(trainer.ckpt_path)
-        if trainer.strategy.broadcast(here):
+        newest = newest_checkpoint(self._folder) if trainer.is_global_zero and trainer.ckpt_path is not None else None
+        from_newest = newest is not None and newest.samefile(str(trainer.ckpt_path))
+        if trainer.strategy.broadcast(from_newest):
             self._last_global_step_saved = trainer.global_step
 
     def on_train_batch_end(
@@ -146,10 +143,19 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
         self._save_last_checkpoint(trainer, candidates)
         self._saved_at = time.monotonic()
-        if self.keep > 0:
-            named = [file for file in Path(str(self.dirpath)).glob("step=*.ckpt") if _STEP_NAME.fullmatch(file.name)]
-            for file in sorted(named, key=_written)[: -self.keep]:
-                trainer.strategy.remove_checkpoint(file)  # on rank 0
+        if trainer.is_global_zero:
+            self._clear_away(trainer)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.dirpath))
+
+    def _clear_away(self, trainer: pl.Trainer) -> None:
+        """Delete what is too old, and what writers left that were killed: this process is the only one that writes."""
+        named = [file for file in self._folder.glob("step=*.ckpt") if _STEP_NAME.fullmatch(file.name)]
+        old = sorted(named, key=_written)[: -self.keep] if self.keep > 0 else []
+        for file in (*old, *self._folder.glob("*.ckpt.part")):
+            trainer.strategy.remove_checkpoint(file)
 
     def _minutes_are_over(self, trainer: pl.Trainer) -> bool:
         """By the clock of rank 0."""

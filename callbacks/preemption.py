@@ -80,8 +80,8 @@ class Preemption(Callback):
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
-                if self._launcher is not None:
-                    self._launcher.kill(signal.SIGKILL)  # they would wait for this process in their next collective
+                for child in _unwatched_children(self._launcher):
+                    child.kill()  # it would wait for this process in its next collective
                 raise SystemExit(128 + number)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -114,7 +114,7 @@ class Preemption(Callback):
             if number != signal.SIGINT:
                 requeue()
         # Rank 0 first: SLURM may end a job as soon as one of its processes has left.
-        children = _unwatched_children(trainer)
+        children = _unwatched_children(self._launcher)
         trainer.strategy.barrier("preemption")
         for child in children:
             with suppress(subprocess.TimeoutExpired):
@@ -151,9 +151,8 @@ def _where(trainer: pl.Trainer) -> str:
     return f"at step {trainer.global_step}, saved in {newest}; go on with --ckpt_path auto"
 
 
-def _unwatched_children(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
+def _unwatched_children(launcher: Any) -> list[subprocess.Popen[bytes]]:
     """The ranks that this process has started. Lightning no longer kills it when one of them ends with a code."""
-    launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):
         return []
     children = list(launcher.procs)
