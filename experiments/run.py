@@ -2,7 +2,7 @@
 
     python -m experiments.run --config dpo_sd15
     python -m experiments.run --config dpo_tiny --model.objective.beta=2000 --run_dir runs/beta2000
-    python -m experiments.run --config dpo_tiny --ckpt_path last
+    python -m experiments.run --config dpo_tiny --resume auto       (or last, or a file; --ckpt_path is the same)
     python -m experiments.run test --config dpo_tiny --ckpt_path last
 
 A run lives in one folder (``--run_dir``, else ``runs/<config>``): config.yaml (resolved), TensorBoard events,
