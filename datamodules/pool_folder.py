@@ -184,6 +184,8 @@ def step_pair(sample: Sample, index: int) -> StepPairs:
         info, latents = sample.info(), sample.tensors("step", latents=3, chosen=3, rejected=3)
         if len({value.shape for value in latents.values()}) != 1:
             raise sample.bad("its tensors have different shapes")
+        if not 0 <= float(info["score_gap"]) <= 1:
+            raise sample.bad(f"score_gap must lie in [0, 1], got {str(info['score_gap'])[:80]}")
         apart = latents["rejected_latents"].float()[None] if "rejected_latents" in latents else None
         return StepPairs(
             latents=latents["latents"].float()[None],
@@ -292,6 +294,8 @@ def _from_json(value: Mapping[str, Any]) -> Comparisons:
         KeyError, TypeError, ValueError, RuntimeError: a record that is not what ``_to_json`` makes.
     """
     gaps = torch.tensor(value["gaps"], dtype=torch.float32)
+    if gaps.ndim != 2:
+        raise ValueError(f"gaps of shape {tuple(gaps.shape)}")
     found = Comparisons(
         timesteps=torch.tensor(value["timesteps"], dtype=torch.int64),
         judged_at=torch.tensor(value["judged_at"], dtype=torch.int64),
@@ -303,7 +307,16 @@ def _from_json(value: Mapping[str, Any]) -> Comparisons:
         unet_evaluations=int(value["unet_evaluations"]),
         decodes=int(value["decodes"]),
     )
-    prompts = gaps.shape[1:]
-    if not gaps.numel() or found.valid.shape != gaps.shape or found.scores.shape[::2] != (len(gaps), *prompts):
+    m = len(gaps)
+    fits = (
+        gaps.numel() > 0
+        and found.valid.shape == gaps.shape
+        and found.scores.ndim == 3
+        and found.scores.shape[::2] == gaps.shape
+        and found.timesteps.shape == found.judged_at.shape == (m,)
+        and found.same_choice.ndim == 2
+        and found.same_choice.shape == found.same_valid.shape == (m, found.same_choice.shape[1])
+    )
+    if not fits or not gaps.isfinite().all() or not found.scores.isfinite().all():
         raise ValueError(f"gaps of shape {tuple(gaps.shape)}, scores of shape {tuple(found.scores.shape)}")
     return found

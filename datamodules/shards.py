@@ -58,6 +58,7 @@ MAX_PICTURE_PIXELS = 64 * 1024 * 1024
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 MAX_INFO_BYTES = 1024 * 1024
 MAX_SHARD_SAMPLES = 10_000_000
+MIN_SAMPLE_BYTES = 1536  # the headers of two members, and a block of json
 MAX_OPEN_SHARDS = 32
 # What Pillow raises on damaged pictures, depending on the format and on where the damage is.
 DECODE_ERRORS = (
@@ -100,9 +101,11 @@ class ShardInfo:
         """
         if not isinstance(self.file, str) or not _SHARD_FILE.fullmatch(self.file) or not isinstance(self.digest, str):
             raise ValueError(f"names a shard outside its folder: {str(self.file)[:80]!r}")
-        for number, most in ((self.samples, MAX_SHARD_SAMPLES), (self.bytes, 1 << 62)):
-            if type(number) is not int or not 0 <= number <= most:
-                raise ValueError(f"a shard of {str(self.samples)[:30]} samples and {str(self.bytes)[:30]} bytes")
+        numbers = self.samples, self.bytes
+        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers) or not (
+            self.samples * MIN_SAMPLE_BYTES <= self.bytes and self.samples <= MAX_SHARD_SAMPLES
+        ):
+            raise ValueError(f"a shard of {str(self.samples)[:30]} samples and {str(self.bytes)[:30]} bytes")
 
 
 class _HashingFile:
