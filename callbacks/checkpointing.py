@@ -129,6 +129,7 @@ class RunCheckpoint(ModelCheckpoint):
         pools = trainer.reload_dataloaders_every_n_epochs == 1  # type: ignore[attr-defined]  # put there by a connector
         pool_used_up = pools and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if step % self.every_n_steps == 0 or pool_used_up or self._minutes_are_over(trainer):
+            log_step(trainer)
             self.save_now(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -181,6 +182,15 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
+
+
+def log_step(trainer: pl.Trainer) -> None:
+    """Write the metrics of the step that just ended to the loggers, which Lightning does only after all callbacks.
+
+    What a checkpoint holds is not trained again: a run that ends between the two would lack them for ever. Lightning
+    writes them once more, the same.
+    """
+    trainer._logger_connector.update_train_step_metrics()
 
 
 class ExactResume(Callback):

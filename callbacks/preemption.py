@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from callbacks.checkpointing import RunCheckpoint, newest_checkpoint
+from callbacks.checkpointing import RunCheckpoint, log_step, newest_checkpoint
 from datamodules.step_pool import StepPoolDataModule
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
@@ -131,6 +131,7 @@ class Preemption(Callback):
 
 
 def _save(trainer: pl.Trainer) -> None:
+    log_step(trainer)
     ours = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
     for callback in ours:
         callback.save_now(trainer)

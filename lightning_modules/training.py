@@ -37,21 +37,14 @@ class TrainingModule(LightningModule):
         super().__init__()
         self.make_optimizer, self.make_lr_scheduler, self.seed = optimizer, lr_scheduler, seed
         self._means = {"train": RunningMeans(), "val": RunningMeans()}
-        self._logged_step = -1
-
-    def on_train_start(self) -> None:
-        # Not a step to log, wherever a resumed run stands: the first batch of an accumulation window ends at it too.
-        self._logged_step = self.trainer.global_step
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Network dropout is the one draw that comes from the global generator.
         torch.manual_seed(derive_seed(self.seed, "dropout", int(batch.indices[0])))
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log once an optimiser step: means over its accumulated batches and all ranks."""
-        if self.trainer.global_step != self._logged_step:
-            self._logged_step = self.trainer.global_step
-            self._log_means("train", on_step=True)
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log once an optimiser step, before a checkpoint can hold it: means over its accumulated batches and ranks."""
+        self._log_means("train", on_step=True)
 
     def on_validation_epoch_end(self) -> None:
         self._log_means("val", on_step=False)

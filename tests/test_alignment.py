@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
+from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.batches import LatentPairs, PreferencePairs
 from lightning_modules.errors import ConfigError
@@ -131,6 +133,23 @@ def test_the_first_logged_loss_is_the_mean_over_its_whole_accumulation_window(tm
         expected = torch.stack([module.compute_loss(pairs, "train").loss for pairs in loader(1, pairs=3)]).mean()
     run = fit(tmp_path, module, loader(1, pairs=3), accumulate_grad_batches=3)
     torch.testing.assert_close(run.callback_metrics["train/loss"], expected)
+
+
+def test_a_checkpoint_holds_no_step_whose_loss_is_not_logged_yet(tmp_path, pipelines):
+    logged, held = [], []
+
+    class Log(DummyLogger):
+        def log_metrics(self, metrics, step):
+            logged.append(step)
+
+    class Written(AtomicCheckpointIO):
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            held.append((checkpoint["global_step"], sorted(set(logged))))
+
+    options = {"logger": Log(), "enable_checkpointing": True, "log_every_n_steps": 1, "plugins": [Written()]}
+    fit(tmp_path, make(pipelines, SFT()), loader(2), callbacks=[RunCheckpoint(every_n_steps=1)], **options)
+    assert {step for step, _ in held} == {1, 2, 3, 4}
+    assert all(seen == list(range(step)) for step, seen in held)
 
 
 def test_the_loss_of_a_pair_does_not_depend_on_its_company(pipelines):
