@@ -77,11 +77,11 @@ data:
 
 @pytest.fixture(scope="module")
 def dpo(tmp_path_factory, pipelines):
-    """A training on pairs, 150 batches, and the folder of its uninterrupted run."""
+    """A training on pairs, 60 batches, and the folder of its uninterrupted run."""
     home = tmp_path_factory.mktemp("dpo")
     shards = write_shards(home / "shards", [7, 6], (16, 16))
     objective = "{class_path: DPO, init_args: {beta: 100.0}}"
-    base = BASE.format(pipelines=pipelines, trainer="max_steps: 150", objective=objective)
+    base = BASE.format(pipelines=pipelines, trainer="max_steps: 60", objective=objective)
     (home / "dpo.yaml").write_text(base + PAIRS.format(shards=shards))
     return home / "dpo.yaml", run_here("--config", str(home / "dpo.yaml"), "--run_dir", str(home / "whole"))
 
@@ -184,13 +184,13 @@ def test_a_training_that_slurm_interrupts_ends_as_if_it_had_not(tmp_path, dpo):
     assert job.run(lambda: losses.exists() and losses.read_text().count("\n") >= 5) == STOPPED, job.output()
     assert job.requeued == ["requeue 4711"]
     done = losses.read_text().count("\n")
-    assert 5 <= done < 150
+    assert 5 <= done < 60
     checkpoint = torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == done
 
     assert job.run() == 0, job.output()
     assert job.requeued == ["requeue 4711"]
-    assert_same(cut, whole, 150)
+    assert_same(cut, whole, 60)
     assert re.findall(r"^job 4711, start (\d)", job.output(), re.MULTILINE) == ["1", "2"]
 
 
@@ -340,9 +340,10 @@ class RealJob:
 
 @pytest.mark.slurm
 @pytest.mark.parametrize(("warning", "heard"), [("USR1@10", "SIGUSR1"), ("CONT@10", "SIGTERM")])
-def test_time_limit_requeue_and_end_in_a_real_slurm(cluster, tmp_path, dpo, warning, heard):
+def test_time_limit_requeue_and_end_in_a_real_slurm(cluster, tmp_path, dpo, monkeypatch, warning, heard):
     """With the script's warning before the limit, and with one that says nothing, which leaves SLURM's KillWait."""
     config, whole = dpo
+    monkeypatch.setitem(cluster.environment, "PROBE_SECONDS", "3")  # the limit comes within 2.5 minutes
     job = RealJob(cluster, tmp_path, config, f"--signal={warning}")
     # As a time limit of minutes, but that it doesn't matter how long the start took.
     hours, minutes, _ = (int(part) for part in cluster.show(job.id, "RunTime").split(":"))
@@ -350,9 +351,9 @@ def test_time_limit_requeue_and_end_in_a_real_slurm(cluster, tmp_path, dpo, warn
     cluster.wait_for_restart(job.id)
     assert f"requeued SLURM job {job.id}" in job.output()
     assert f"stopped by {heard}" in job.output()
-    assert 3 <= job.batches < 150
+    assert 3 <= job.batches < 60
     assert cluster.wait_for_end(job.id) == "COMPLETED", job.output()
-    assert_same(job.folder, whole, 150)
+    assert_same(job.folder, whole, 60)
     assert cluster.show(job.id, "Restarts") == "1"
 
 
@@ -367,9 +368,9 @@ def test_preemption_requeue_and_end_in_a_real_slurm(cluster, tmp_path, dpo, part
     # Without time to leave, SLURM has requeued the job itself before it tells it.
     told = f"requeued SLURM job {job.id}" if partition == "patient" else "not requeued by this run"
     assert told in job.output()
-    assert 3 <= job.batches < 150
+    assert 3 <= job.batches < 60
     assert cluster.wait_for_end(job.id) == "COMPLETED", job.output()
-    assert_same(job.folder, whole, 150)
+    assert_same(job.folder, whole, 60)
 
 
 @pytest.mark.slurm
@@ -429,6 +430,6 @@ def test_two_nodes_leave_together_and_go_on_exactly_in_a_real_slurm(cluster, tmp
     cluster.ask("scancel", "--signal=USR1", f"{cut.id}.0")  # as SLURM does before the time limit
     cluster.wait_for_restart(cut.id)
     assert cut.output().count(f"requeued SLURM job {cut.id}") == 1
-    assert 3 <= cut.batches < 150
+    assert 3 <= cut.batches < 60
     assert cluster.wait_for_end(cut.id) == "COMPLETED", cut.output()
-    assert_same(cut.folder, whole.folder, 150)
+    assert_same(cut.folder, whole.folder, 60)
