@@ -103,14 +103,15 @@ class LossGuard(Callback):
         # If a batch's own loss tells, its samples; else any of the step's may be the cause.
         mine = [n for samples, finite in batches if faults[0] != "loss" or not finite for n in samples]
         samples = _of_all_ranks(trainer, mine)
-        named = ", ".join(map(str, samples[:_NAMED])) + (", ..." if len(samples) > _NAMED else "")
+        if samples:
+            reason += " (samples " + ", ".join(map(str, samples[:_NAMED])) + (", ...)" if samples[_NAMED:] else ")")
         step = trainer.global_step
         if trainer.is_global_zero:
-            log.warning("optimizer step %d is left out (%d so far): %s; samples %s", step, self.skipped, reason, named)
+            log.warning("optimizer step %d is left out, %d so far: %s", step, self.skipped, reason)
         if self.in_a_row >= self.max_in_a_row:
             raise DivergenceError(
-                f"{self.in_a_row} optimizer steps in a row were left out, the last is step {step}: {reason} "
-                f"(samples {named}); the weights are those of step {step + 1 - self.in_a_row}, go on from the newest "
+                f"{self.in_a_row} optimizer steps in a row were left out, the last is step {step}: {reason}; "
+                f"the weights are those of step {step + 1 - self.in_a_row}, go on from the newest "
                 "checkpoint with a lower learning rate, in bf16-mixed or fp32, or without these samples"
             )
 

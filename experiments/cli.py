@@ -139,6 +139,7 @@ class ExperimentCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The configured trainer, with this framework's logger, checkpoints and plugins where none are named."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        _check_strategy(config["strategy"])
         if config["logger"] in (None, True):
             config["logger"] = TensorBoardLogger(self.run_dir, name="", version="")
         callbacks = config["callbacks"] or []
@@ -149,25 +150,17 @@ class ExperimentCLI(LightningCLI):
             if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
                 callbacks.append(RunCheckpoint())
             callbacks.append(ExactResume())
-            if _one_process_writes(config["strategy"]):
-                plugins = config["plugins"] or []
-                config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+            plugins = config["plugins"] or []
+            config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         if self.line.job == "fit":
             # After what counts a batch, before what may take minutes at its end.
             slow = [callback for callback in callbacks if isinstance(callback, SampleGrid | WinRate)]
             callbacks = [*(callback for callback in callbacks if callback not in slow), Preemption(), *slow]
         config["callbacks"] = callbacks
         try:
-            trainer = self._instantiate_trainer(config, [self._get(self.config_init, "pictures")])
+            return self._instantiate_trainer(config, [self._get(self.config_init, "pictures")])
         except MisconfigurationException as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-        if not _holds_whole_weights(trainer.strategy):
-            raise ConfigError(
-                f"trainer.strategy: {type(trainer.strategy).__name__} shards weights, and pools, pictures, exports and "
-                "checkpoints are made by single processes that need them whole; use ddp, on one machine or several, "
-                "and for less memory LoRA with AdapterOff, policy.frozen_dtype and policy.gradient_checkpointing"
-            )
-        return trainer
 
     def run_job(self) -> None:
         """Run the job of the command line; test and predict are what the callbacks do, and read no data."""
@@ -250,12 +243,19 @@ def _check_writable(folder: Path) -> None:
             raise ConfigError(f"run folder {folder}: {place} cannot be written to; give another --run_dir")
 
 
-def _one_process_writes(strategy: Any) -> bool:
-    """Sharded strategies write checkpoints their own way and refuse another CheckpointIO."""
+def _check_strategy(strategy: Any) -> None:
+    """
+    Raises:
+        ConfigError: processes would hold parts of the weights, or Lightning would not know the name.
+    """
     if isinstance(strategy, str):
-        return strategy == "auto" or strategy.startswith("ddp")
-    return _holds_whole_weights(strategy)
-
-
-def _holds_whole_weights(strategy: Any) -> bool:
-    return isinstance(strategy, pl.strategies.DDPStrategy | pl.strategies.SingleDeviceStrategy)
+        whole, name = strategy == "auto" or strategy.startswith("ddp"), strategy
+    else:
+        whole = isinstance(strategy, pl.strategies.DDPStrategy | pl.strategies.SingleDeviceStrategy)
+        name = type(strategy).__name__
+    if not whole:
+        raise ConfigError(
+            f"trainer.strategy {name} is not supported: pools, pictures, exports and checkpoints are made by single "
+            "processes that need whole weights; use ddp, on one machine or several, and for less memory LoRA with "
+            "AdapterOff, policy.frozen_dtype and policy.gradient_checkpointing"
+        )

@@ -1,13 +1,19 @@
-"""Two processes with half the batch each do what one process does with the whole."""
+"""Two processes with half the batch each do what one does with the whole, and where one fails both end."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from pairs_data import write_shards
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from experiments import run
+from lightning_modules.errors import ConfigError
 
 CONFIG = """
 seed_everything: 7
@@ -16,6 +22,7 @@ trainer:
   strategy: {strategy}
   devices: {devices}
   max_steps: 3
+  log_every_n_steps: 1
   limit_val_batches: 0
   enable_progress_bar: false
   callbacks:
@@ -42,10 +49,12 @@ data:
   init_args: {{shards: {shards}, batch_size: {batch_size}, resolution: 64, seed: 7}}
 """
 
+DDP = "{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {timeout: '0:20:00'}}"
+
 
 def train(folder, name, pipelines, shards, devices, batch_size):
     """Run the real command and return its checkpoint."""
-    strategy = "ddp" if devices > 1 else "auto"
+    strategy = DDP if devices > 1 else "auto"
     settings = {"strategy": strategy, "devices": devices, "batch_size": batch_size}
     config = folder / f"{name}.yaml"
     config.write_text(CONFIG.format(pipelines=pipelines, shards=shards, **settings))
@@ -79,6 +88,19 @@ def test_two_processes_learn_what_one_process_learns(checkpoints):
     assert changed > 1e-4  # B starts at 0
 
 
+def test_two_processes_have_one_processs_losses(checkpoints):
+    folder, _, _ = checkpoints
+    one, two = (losses(folder / name) for name in ("one", "two"))
+    assert len(one) == 3
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def losses(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return list({event.step: event.value for event in events.Scalars("train/loss")}.values())
+
+
 def test_two_processes_judge_and_draw_what_one_process_does(checkpoints):
 
     folder, _, _ = checkpoints
@@ -97,3 +119,32 @@ def test_two_processes_count_what_one_process_costs(checkpoints):
     assert (one["pairs"], one["data_pictures"], one["training_denoiser_rows"]) == (12, 24, 48)
     for name in ("pairs", "data_pictures", "training_denoiser_rows", "sampling_denoiser_rows"):
         assert two[name] == one[name]
+
+
+@pytest.mark.parametrize(("rank", "how"), [(1, "raise"), (1, "kill"), (0, "raise"), (0, "kill")])
+def test_a_process_that_fails_ends_the_other_one_though_it_waits_in_no_collective(rank, how):
+    """The pipes close, and ``run`` returns, once both are gone; left alone, the other one would sleep 1000 seconds."""
+    tests = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, str(tests / "failing_rank.py"), str(rank), how],
+        capture_output=True, text=True, timeout=200, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)},
+    )  # fmt: skip
+    assert result.returncode == {(0, "raise"): 1}.get((rank, how), -signal.SIGKILL)
+    assert (f"RuntimeError: rank {rank} cannot go on" in result.stderr) == (how == "raise")
+    assert ("the run's first process" in result.stderr) == (rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        ("fsdp", "fsdp"),
+        ("deepspeed_stage_2", "deepspeed_stage_2"),
+        ("{class_path: lightning.pytorch.strategies.ModelParallelStrategy}", "ModelParallelStrategy"),
+    ],
+)
+def test_strategies_that_shard_weights_are_refused_before_anything_starts(tmp_path, pipelines, strategy, name):
+    config = tmp_path / "run.yaml"
+    config.write_text(CONFIG.format(pipelines=pipelines, shards=tmp_path, strategy=strategy, devices=2, batch_size=1))
+    with pytest.raises(ConfigError, match=f"trainer.strategy {name} is not supported: .* use ddp"):
+        run.main(["--config", str(config), "--run_dir", str(tmp_path / "run")])

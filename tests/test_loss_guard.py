@@ -58,9 +58,9 @@ def state(module, running):
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("a sample", "the loss is not finite; samples 5"),
-        ("a gradient", "the gradient is not finite; samples 4, 5, 6, 7"),
-        ("a limit", "the gradient's norm is above 1000.0; samples 4, 5, 6, 7"),
+        ("a sample", "the loss is not finite (samples 4, 5)"),
+        ("a gradient", "the gradient is not finite (samples 4, 5, 6, 7)"),
+        ("a limit", "the gradient's norm is above 1000.0 (samples 4, 5, 6, 7)"),
     ],
 )
 def test_a_faulty_step_leaves_no_trace_but_its_count(pipelines, tmp_path, caplog, fault, reason):
@@ -82,7 +82,7 @@ def test_a_faulty_step_leaves_no_trace_but_its_count(pipelines, tmp_path, caplog
     assert running.logged_metrics["train/skipped_steps"] == 1
     assert running.logged_metrics["train/gradient_norm"] > 0
     messages = [record.getMessage() for record in caplog.records if record.name == "callbacks.loss_guard"]
-    assert messages == ["optimizer step 1 is left out (1 so far): " + reason.replace("samples 5", "samples 4, 5")]
+    assert messages == [f"optimizer step 1 is left out, 1 so far: {reason}"]
 
 
 def test_nothing_but_faulty_steps_ends_the_run_in_one_line(pipelines, tmp_path):
@@ -206,7 +206,7 @@ def half(scale):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scaler_that_looks_for_its_scale_is_not_at_fault_but_an_overflow_without_scale_is(tmp_path, fused):
-    """Above 65504 fp16 ends: a gradient of 8 x 8 overflows at scale 1024 and not at 512, one of 300 x 300 always."""
+    """Above 65504 fp16 ends: a gradient of 8 x 8 overflows at scale 1024 and not at 512, one of 3e4 x 3e4 always."""
     x = torch.tensor(8.0, dtype=torch.half)
     module, guard = follow(tmp_path, [x, x, x], module=Line(fused), plugins=[half(1024.0)])
     expected, _ = follow(tmp_path, [x, x], module=Line(fused), plugins=[half(512.0)])
@@ -216,7 +216,7 @@ def test_a_scaler_that_looks_for_its_scale_is_not_at_fault_but_an_overflow_witho
     module = Line(fused, start=0.0)
     with pytest.raises(DivergenceError, match="3 optimizer steps .* the last is step 4: the gradient is not finite"):
         # At scale 4 and 2 the scaler's own, at 1 and below faults.
-        follow(tmp_path, [torch.tensor(300.0, dtype=torch.half)] * 9, module=module, plugins=[half(4.0)])
+        follow(tmp_path, [torch.tensor(3e4, dtype=torch.half)] * 9, module=module, plugins=[half(4.0)])
     assert module.weight.item() == 0.0
 
 
