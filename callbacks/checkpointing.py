@@ -194,10 +194,14 @@ def log_step(trainer: pl.Trainer) -> None:
 
 
 class ExactResume(Callback):
-    """Rewinds the batch counters in a checkpoint that was taken within an accumulation window.
+    """Sets right the counters in a checkpoint from which Lightning would not go on exactly.
 
-    Such a checkpoint holds the weights of the last optimizer step, and the gradients gathered since are lost. Data
-    and noise are functions of the counters, so that rewinding them to that step recomputes what was lost.
+    Within an accumulation window it holds the weights of the last optimizer step, and the gradients gathered since
+    are lost. Data and noise are functions of the batch counters, so that rewinding them to that step recomputes what
+    was lost.
+
+    A run that goes on from the end of an epoch never counts the next one as begun; stopped at its end too, it would
+    not count it as an epoch at all, and train one more than ``trainer.max_epochs``.
     """
 
     def on_save_checkpoint(
@@ -205,6 +209,10 @@ class ExactResume(Callback):
     ) -> None:
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         current, total = progress["current"], progress["total"]
+        if current["completed"] < current["processed"]:  # at the end of a batch, so that an epoch is under way
+            for epochs in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                done = epochs["processed"]
+                epochs.update(ready=done + 1, started=done + 1, completed=done)
         at_epoch_end = progress["is_last_batch"] and current["processed"] == current["ready"]
         lost = 0 if at_epoch_end else current["processed"] % trainer.accumulate_grad_batches
         if lost == 0 and current["ready"] == current["processed"]:

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
-from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint, newest_checkpoint
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.batches import LatentPairs, PreferencePairs
 from lightning_modules.errors import ConfigError
@@ -150,6 +150,17 @@ def test_a_checkpoint_holds_no_step_whose_loss_is_not_logged_yet(tmp_path, pipel
     fit(tmp_path, make(pipelines, SFT()), loader(2), callbacks=[RunCheckpoint(every_n_steps=1)], **options)
     assert {step for step, _ in held} == {1, 2, 3, 4}
     assert all(seen == list(range(step)) for step, seen in held)
+
+
+def test_a_run_stopped_at_the_ends_of_two_epochs_trains_no_epoch_more(tmp_path, pipelines):
+    def go_on(**until):
+        callbacks = [RunCheckpoint(every_n_steps=2), ExactResume()]
+        options = {"enable_checkpointing": True, "plugins": [AtomicCheckpointIO()], "callbacks": callbacks} | until
+        return fit(tmp_path, make(pipelines, SFT()), loader(2, pairs=4), newest_checkpoint(saved), **options)
+
+    saved = tmp_path / "checkpoints"
+    assert [go_on(max_steps=steps, max_epochs=-1).global_step for steps in (2, 4)] == [2, 4]
+    assert go_on(max_epochs=3).global_step == 6
 
 
 def test_the_loss_of_a_pair_does_not_depend_on_its_company(pipelines):
