@@ -196,9 +196,14 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def final(run_dir: Path) -> dict[str, Any]:
-    """What the run's last checkpoint holds, but for the callbacks' notes, which name folders and times."""
+    """What the run's last checkpoint holds: weights, optimizer, schedule, steps, the data's place.
+
+    Not the callbacks' notes, which name folders and times, nor what Lightning counts of the epoch that a run began in.
+    """
     saved: dict[str, Any] = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-    return {name: value for name, value in saved.items() if name != "callbacks"}
+    batches = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+    left_out = {"callbacks", "loops"}
+    return {name: value for name, value in saved.items() if name not in left_out} | {"batches": batches}
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
