@@ -282,11 +282,13 @@ class Chain:
         moments, seconds = zip(*json.loads(self.timeline.read_text()))
         signals = [signal.SIGKILL, signal.SIGTERM] * (kills // 2)
         wheres = ([place for place in self.kind.places for _ in range(2)] + ["time"] * kills)[:kills]
-        # A pool is sampled, and a shard written, after this moment again: it is of the last pool but one.
+        # Until when there are places to come: of the last pool but one, and of the last batches.
         pools = [second for moment, second in zip(moments, seconds) if moment[1] == 0 and moment[2] == 1]
+        batches = [second for moment, second in zip(moments, seconds) if moment[1] == 1 and moment[2] == 0]
         points = []
         for where, number in zip(wheres, signals):
-            at = draw.uniform(0.0 if where == "time" else seconds[1], pools[-2] if where in POOLED else seconds[-1])
+            until = {"time": seconds[-1], "step": batches[-4], "checkpoint": batches[-4]}.get(where) or pools[-2]
+            at = draw.uniform(0.0 if where == "time" else seconds[1], until)
             entry = bisect.bisect_right(seconds, at) - 1
             points.append(
                 {"where": where, "moment": moments[entry], "delay": at - seconds[entry], "signal": int(number),
@@ -320,9 +322,6 @@ class Chain:
         waits = [entry.outcome.after_signal for entry in self.killed if entry.order.signal == signal.SIGTERM]
         where = ", ".join(f"{hit} {number}" for hit, number in self.hits().most_common())
         return f"{count['SIGKILL']} | {count['SIGTERM']} | {where} | {max(waits, default=0.0):.1f} s"
-
-
-POOLED = ("sampling", "shard")
 
 
 @pytest.mark.timeout(1200)
