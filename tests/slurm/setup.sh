@@ -15,6 +15,14 @@ folder=$(realpath -m "${2:?a folder}")
 
 stop() {
   local name pid
+  if [[ -f $folder/slurmctld.pid ]]; then  # jobs would outlive their cluster
+    export SLURM_CONF=$folder/slurm.conf
+    squeue --noheader --format=%A 2> /dev/null | xargs --no-run-if-empty timeout 10 scancel || true
+    for _ in {1..45}; do
+      [[ -n $(timeout 10 squeue --noheader 2> /dev/null) ]] || break
+      sleep 1
+    done
+  fi
   for name in slurmd.one slurmd.two slurmctld munged; do
     [[ -f $folder/$name.pid ]] || continue
     pid=$(< "$folder/$name.pid")
