@@ -139,7 +139,9 @@ class Job:
         folder.mkdir()
         (folder / "scontrol").touch()
         (folder / "state").write_text("RUNNING")
-        self.environment = os.environ | {
+        # Not what a trainer that ran before in this process has left.
+        clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
+        self.environment = clean | {
             "PATH": f"{SLURM / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable, "STAND_IN": str(folder),
             "PYTHONPATH": f"{ROOT}:{SLURM}", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
             "SLURM_JOB_ID": str(job), "SLURM_JOB_NAME": "train", "SLURM_JOB_NODELIST": "here", "SLURM_NODELIST": "here",
