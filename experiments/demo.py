@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m experiments.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["spo"], help="What to train (spo).")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="Of the trainings (0).")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42], metavar="SEED", help="Of the trainings (42).")
     parser.add_argument("--data", type=Path, default=Path("data"), help="Folder for dpo's pairs (%(default)s).")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="Folder for the runs (%(default)s).")
     parser.add_argument("--pairs", type=int, default=768, help="Pairs to draw for dpo (%(default)s).")

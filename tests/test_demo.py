@@ -75,7 +75,7 @@ def test_dpo_draws_trains_judges_and_goes_on_where_it_stopped(tmp_path, capsys, 
 
 def test_spo_and_its_control_learn_from_pools_and_are_compared(tmp_path, capsys, small):
     demo.main(["--methods", "spo", "shuffled", *small, "--config", str(tmp_path / "pools.yaml")])
-    names = ["demo-spo-seed0", "demo-shuffled-seed0"]
+    names = ["demo-spo-seed42", "demo-shuffled-seed42"]
     assert [last_judged(tmp_path / "runs" / name) for name in names] == [("test", 2, 4)] * 2
     assert len(commands(capsys)) == 5
     assert (tmp_path / "runs" / "demo-comparison" / "index.html").is_file()
