@@ -55,9 +55,9 @@ def untrained(pipeline: str, seed: int) -> tuple[Any, Any]:
     tokenizer: Any = source.component("tokenizer").load(CLIPTokenizer.from_pretrained, kind="tokenizer")
     text: Any = source.component("text_encoder").load(partial(CLIPTextModel.from_pretrained, dtype=torch.float32))
     torch.manual_seed(seed)
-    clip: Any = CLIPModel(
-        CLIPConfig(text_config=text.config.to_dict(), vision_config=VISION, projection_dim=PROJECTION)
-    )
+    words = text.config.to_dict()
+    words.pop("_name_or_path", None)  # a path of this machine, which the exported model would carry on
+    clip: Any = CLIPModel(CLIPConfig(text_config=words, vision_config=VISION, projection_dim=PROJECTION))
     clip.text_model.load_state_dict(text.state_dict())
     return clip, tokenizer
 

@@ -269,6 +269,7 @@ def test_the_embedded_worlds_config_trains_from_nothing_and_exports_a_small_mode
          "--trainer.val_check_interval=1", "--trainer.enable_progress_bar=false"]
     )  # fmt: skip
     exported = tmp_path / "runs" / "spm_tiny" / "export" / "preference"
+    assert "_name_or_path" not in (exported / "config.json").read_text()  # a path of the machine that made it
     assert sum(file.stat().st_size for file in exported.iterdir()) < 4e6
     scores = StepAwarePreferenceModel(str(exported), None).score(
         torch.rand(2, 3, 32, 32), ["one large red circle on a white background"] * 2, torch.tensor([0, 951])
