@@ -26,8 +26,8 @@ from datamodules.shards import atomic_file, read_json, write_json
 from experiments.cli import OneLineParser
 from experiments.command import run_command
 from experiments.compose import import_named
+from experiments.configured_policy import load_policy
 from experiments.pickapic import SCHEMA, pair_row
-from experiments.prepare_pickapic import load_policy
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import derive_seed

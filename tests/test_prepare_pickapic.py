@@ -16,7 +16,9 @@ from pairs_data import picture, rows, write_parquet
 
 from datamodules.preference_pairs import PairTransform, PreferencePairsDataModule, latents_fingerprint
 from datamodules.shards import MANIFEST, Manifest, StoredOrder, decode_picture, open_shards
-from experiments.prepare_pickapic import Settings, Unit, load_policy, main, plan_units, preference, usable_pairs
+from experiments.configured_policy import load_policy
+from experiments.pickapic_rows import Settings, Unit, plan_units, preference, usable_pairs
+from experiments.prepare_pickapic import main
 from lightning_modules.batches import LatentPairs, PreferencePairs
 from lightning_modules.errors import ConfigError, DataError
 
