@@ -20,16 +20,9 @@ from torch import Tensor, nn
 
 from datamodules.bad_samples import BadSampleError
 from datamodules.files import read_json, write_json
-from datamodules.shards import (
-    MANIFEST,
-    Manifest,
-    Sample,
-    ShardInfo,
-    ShardSet,
-    open_shards,
-    step_members,
-    write_shard,
-)
+from datamodules.manifest import MANIFEST, Manifest, ShardInfo
+from datamodules.samples import Sample, step_members
+from datamodules.shards import ShardSet, open_shards, write_shard
 from lightning_modules.batches import StepPairs
 from lightning_modules.errors import DataError
 from lightning_modules.step_sampling import Comparisons, Rollout

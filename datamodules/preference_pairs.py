@@ -21,15 +21,10 @@ from datamodules import bad_samples
 from datamodules.bad_samples import BadSamples
 from datamodules.download import Downloads
 from datamodules.loading import Caught, OrderedSamples, PairLoader, as_it_is, ignore_signals
-from datamodules.shards import (
-    MAX_PICTURE_PIXELS,
-    LatentsKey,
-    Sample,
-    ShardSet,
-    ShuffledOrder,
-    StoredOrder,
-    open_shards,
-)
+from datamodules.manifest import LatentsKey
+from datamodules.order import ShuffledOrder, StoredOrder
+from datamodules.samples import MAX_PICTURE_PIXELS, Sample
+from datamodules.shards import ShardSet, open_shards
 from lightning_modules.batches import Conditioning, LatentPairs, PreferencePairs
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.policies.base import DiffusionPolicy

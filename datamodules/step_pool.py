@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from datamodules.loading import Caught, PairLoader, as_it_is, ignore_signals
+from datamodules.manifest import Manifest
+from datamodules.order import StoredOrder
 from datamodules.pool_folder import (
     QUANTILES,
     PoolFolder,
@@ -30,7 +32,7 @@ from datamodules.pool_folder import (
     step_pair,
 )
 from datamodules.prompts import prompt_texts
-from datamodules.shards import Manifest, ShardSet, StoredOrder
+from datamodules.shards import ShardSet
 from lightning_modules.batches import StepPairs
 from lightning_modules.errors import ConfigError, DataError, UserError
 from lightning_modules.policies.base import DiffusionPolicy

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from datamodules.shards import LatentsKey, latent_members
+from datamodules.manifest import LatentsKey
+from datamodules.samples import latent_members
 from experiments.pickapic_rows import Pair
 from lightning_modules.errors import ConfigError
 

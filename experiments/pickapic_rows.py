@@ -17,7 +17,8 @@ import pyarrow.parquet as parquet
 from PIL import Image
 from rich.progress import Progress
 
-from datamodules.shards import LatentsKey, decode_picture
+from datamodules.manifest import LatentsKey
+from datamodules.samples import decode_picture
 from lightning_modules.errors import DataError
 
 REQUIRED = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")

@@ -21,8 +21,8 @@ import torch
 from jsonargparse import Namespace
 from rich.progress import track
 
+from datamodules.files import atomic_file, read_json, write_json
 from datamodules.prompts import prompt_texts
-from datamodules.shards import atomic_file, read_json, write_json
 from experiments.cli import OneLineParser
 from experiments.command import run_command
 from experiments.compose import import_named

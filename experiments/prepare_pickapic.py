@@ -34,7 +34,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from datamodules.shards import MANIFEST, Manifest, ShardInfo, pixel_members, read_json, write_json, write_shard
+from datamodules.files import read_json, write_json
+from datamodules.manifest import MANIFEST, Manifest, ShardInfo
+from datamodules.samples import pixel_members
+from datamodules.shards import write_shard
 from experiments.command import run_command
 from experiments.configured_policy import load_policy
 from experiments.encoded_pairs import encoded, latents_key

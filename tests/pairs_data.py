@@ -11,7 +11,9 @@ import pyarrow
 import pyarrow.parquet as parquet
 from PIL import Image
 
-from datamodules.shards import Manifest, pixel_members, write_shard
+from datamodules.manifest import Manifest
+from datamodules.samples import pixel_members
+from datamodules.shards import write_shard
 
 
 def picture(value: int, size: tuple[int, int] = (16, 16), kind: str = "PNG") -> bytes:

@@ -22,9 +22,11 @@ from pairs_data import picture, rows, write_parquet, write_shards
 from datamodules import bad_samples, download
 from datamodules.bad_samples import BadSample, BadSamples
 from datamodules.download import Downloads, Expected
+from datamodules.manifest import MANIFEST, LatentsKey
 from datamodules.pool_folder import PoolFolder
 from datamodules.preference_pairs import PreferencePairsDataModule, RunSampler, check_latents, latents_fingerprint
-from datamodules.shards import MANIFEST, IndexedShard, LatentsKey, open_shards, pixel_members, write_shard
+from datamodules.samples import pixel_members
+from datamodules.shards import IndexedShard, open_shards, write_shard
 from experiments.prepare_pickapic import main
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import ConfigError, DataError

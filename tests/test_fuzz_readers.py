@@ -28,20 +28,12 @@ from callbacks.checkpointing import damage, newest_whole_checkpoint
 from datamodules.bad_samples import BadSample, BadSamples
 from datamodules.download import Downloads
 from datamodules.files import parse_json, read_json
+from datamodules.manifest import MANIFEST, LatentsKey, Manifest
 from datamodules.pool_folder import PoolFolder, collate_steps, open_pool, read_manifest, step_pair
 from datamodules.preference_pairs import PreferencePairsDataModule
 from datamodules.prompts import load_prompts
-from datamodules.shards import (
-    MANIFEST,
-    LatentsKey,
-    Manifest,
-    decode_picture,
-    latent_members,
-    open_shards,
-    pixel_members,
-    step_members,
-    write_shard,
-)
+from datamodules.samples import decode_picture, latent_members, pixel_members, step_members
+from datamodules.shards import open_shards, write_shard
 from lightning_modules.errors import UserError
 from lightning_modules.rewards.step_aware import _read_weights
 

@@ -12,8 +12,11 @@ from pairs_data import picture, rows, write_parquet, write_shards
 from PIL import Image
 from torch import nn
 
+from datamodules.manifest import Manifest
+from datamodules.order import ShuffledOrder
 from datamodules.preference_pairs import PairTransform, PreferencePairsDataModule, RunSampler, collate
-from datamodules.shards import Manifest, ShuffledOrder, open_shards, pixel_members, write_shard
+from datamodules.samples import pixel_members
+from datamodules.shards import open_shards, write_shard
 from experiments import prepare_pickapic
 from lightning_modules.batches import PreferencePairs
 from lightning_modules.errors import DataError

@@ -14,8 +14,11 @@ import pytest
 import torch
 from pairs_data import picture, rows, write_parquet
 
+from datamodules.manifest import MANIFEST, Manifest
+from datamodules.order import StoredOrder
 from datamodules.preference_pairs import PairTransform, PreferencePairsDataModule, latents_fingerprint
-from datamodules.shards import MANIFEST, Manifest, StoredOrder, decode_picture, open_shards
+from datamodules.samples import decode_picture
+from datamodules.shards import open_shards
 from experiments.configured_policy import load_policy
 from experiments.pickapic_rows import Settings, Unit, plan_units, preference, usable_pairs
 from experiments.prepare_pickapic import main

@@ -15,20 +15,11 @@ from PIL import Image
 
 from datamodules import download
 from datamodules.download import Downloads
-from datamodules.shards import (
-    MANIFEST,
-    IndexedShard,
-    Manifest,
-    Sample,
-    ShuffledOrder,
-    StoredOrder,
-    atomic_file,
-    decode_picture,
-    latent_members,
-    open_shards,
-    pixel_members,
-    write_shard,
-)
+from datamodules.files import atomic_file
+from datamodules.manifest import MANIFEST, Manifest
+from datamodules.order import ShuffledOrder, StoredOrder
+from datamodules.samples import Sample, decode_picture, latent_members, pixel_members
+from datamodules.shards import IndexedShard, open_shards, write_shard
 from lightning_modules.errors import ConfigError, DataError
 
 

@@ -14,8 +14,8 @@ from tiny_world import make, trainer
 
 from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint
 from datamodules import pool_folder
+from datamodules.order import StoredOrder
 from datamodules.pool_folder import PoolFolder, fingerprint, open_pool, read_manifest, step_pair
-from datamodules.shards import StoredOrder
 from datamodules.step_pool import PoolSampler, StepPoolDataModule
 from experiments import run
 from lightning_modules.errors import ConfigError, DataError
