@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_modules.averaging import ExponentialMovingAverage
 from lightning_modules.errors import ConfigError
 from lightning_modules.randomness import derive_seed, generator
 from lightning_modules.running_means import RunningMeans
@@ -26,6 +30,7 @@ class TrainingModule(LightningModule):
         optimizer: made over the parameters that require gradients.
         lr_scheduler: stepped once an optimiser step.
         seed: of all draws.
+        ema: keeps an average of the trained weights, if set.
 
     Raises:
         ConfigError: on load, a checkpoint whose weights are not exactly those under training.
@@ -33,9 +38,15 @@ class TrainingModule(LightningModule):
 
     strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint audits the keys
 
-    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable, seed: int) -> None:
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable,
+        seed: int,
+        ema: ExponentialMovingAverage | None = None,
+    ) -> None:
         super().__init__()
-        self.make_optimizer, self.make_lr_scheduler, self.seed = optimizer, lr_scheduler, seed
+        self.make_optimizer, self.make_lr_scheduler, self.seed, self.ema = optimizer, lr_scheduler, seed, ema
         self._means = {"train": RunningMeans(), "val": RunningMeans()}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -45,6 +56,20 @@ class TrainingModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log once an optimiser step, before a checkpoint can hold it: means over its accumulated batches and ranks."""
         self._log_means("train", on_step=True)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:  # here, since callbacks save and draw before this module hears of the batch's end
+            self.ema.update(self._trained())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the trained weights are their average, if one is kept: for pictures and exports."""
+        if self.ema is None:
+            yield
+            return
+        with self.ema.in_place_of(self._trained()):
+            yield
 
     def on_validation_epoch_end(self) -> None:
         self._log_means("val", on_step=False)
@@ -81,6 +106,8 @@ class TrainingModule(LightningModule):
         """Keep the trainable weights; everything frozen comes back from where it came from."""
         wanted = self.trainable_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in wanted}
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         difference = mismatch(self._trained(), checkpoint["state_dict"])
@@ -89,3 +116,7 @@ class TrainingModule(LightningModule):
                 f"checkpoint: its trainable weights are not this policy's: {difference}; "
                 "resume with the base model and adaptation that wrote it"
             )
+        if self.ema is not None and "ema" in checkpoint:
+            self.ema.load_state_dict(checkpoint["ema"])
+        elif self.ema is not None:
+            rank_zero_info("the checkpoint holds no average of its weights: a new one starts here")

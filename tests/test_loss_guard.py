@@ -5,12 +5,12 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tiny_world import make, pairs, trainer
 from torch.utils.data import DataLoader
 
 from callbacks.loss_guard import LossGuard
+from lightning_modules.averaging import ExponentialMovingAverage
 from lightning_modules.errors import ConfigError, DivergenceError
 from lightning_modules.references import AdapterOff
 
@@ -179,12 +179,14 @@ def follow(folder, values, *callbacks, module=None, **options):
 NAN = float("nan")
 
 
-def test_weight_averages_do_not_take_in_unchanged_weights(tmp_path):
+def test_an_average_does_not_take_in_unchanged_weights(pipelines, tmp_path):
     averages = []
-    for values in ((1.0, 2.0, 3.0), (1.0, NAN, 2.0, 1000.0, 3.0)):
-        module, _ = follow(tmp_path, torch.tensor(values), EMAWeightAveraging(decay=0.5))
-        averages.append(module.weight.detach())  # at the end of the fit the average takes the weights' place
-    assert torch.equal(*averages)
+    for data in (batches(0, 1, 2, spoiled=2), batches(0, 2)):
+        module = make(pipelines, reference=AdapterOff(), ema=ExponentialMovingAverage(0.5))
+        trainer(tmp_path, LossGuard(), max_epochs=1).fit(module, data)
+        averages.append(module.ema)
+    assert averages[0].steps == averages[1].steps == 2
+    assert all(torch.equal(*values) for values in zip(*(average.weights.values() for average in averages)))
 
 
 def test_counts_survive_a_restart_and_a_good_step_ends_a_row(tmp_path):
@@ -227,3 +229,18 @@ def test_a_limit_holds_with_a_scaler(tmp_path, fused):
     other, _ = follow(tmp_path, torch.tensor([50.0, 50.0]), module=Line(fused), plugins=[half(1024.0)])
     assert guard.skipped == 1
     assert torch.equal(module.weight, other.weight)
+
+
+def test_a_scaler_goes_on_from_its_scale(tmp_path):
+    """It doubles every third step; a run that is resumed in between ends where one that was not does."""
+    scaler = lambda: MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 8.0, growth_interval=3))  # noqa: E731
+    data = DataLoader([torch.tensor(x) for x in (1.0, -2.0)], batch_size=None)
+    found = []
+    for epochs, start in ((4, None), (2, None), (4, tmp_path / "half.ckpt")):
+        module, plugin = Line(), scaler()
+        running = trainer(tmp_path, LossGuard(), max_epochs=epochs, plugins=[plugin])
+        running.fit(module, data, ckpt_path=start, weights_only=True)
+        running.save_checkpoint(tmp_path / ("half.ckpt" if epochs == 2 else "whole.ckpt"))
+        found.append((module.weight.item(), plugin.scaler.get_scale(), plugin.scaler._get_growth_tracker()))
+    assert found[0][1:] == (32.0, 2)
+    assert found[2] == found[0] != found[1]

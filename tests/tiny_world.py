@@ -15,11 +15,11 @@ QUICK = Sampler(steps=2, guidance_scale=2.0)
 PROMPTS = ["a red circle", "two blue squares", "a green triangle"]
 
 
-def make(pipelines, adaptation=None, reference=None, objective=None):
+def make(pipelines, adaptation=None, reference=None, objective=None, ema=None):
     seed_everything(3, verbose=False)
     policy = StableDiffusion(str(pipelines / "tiny-sd15"), adaptation or LoRA())
     optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=0.01)  # noqa: E731
-    return AlignmentModule(policy, objective or DPO(), reference, optimizer)
+    return AlignmentModule(policy, objective or DPO(), reference, optimizer, ema=ema)
 
 
 def pairs(batches=4):
