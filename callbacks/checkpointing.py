@@ -11,7 +11,9 @@ import warnings
 import zipfile
 import zlib
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -20,6 +22,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_modules.errors import ConfigError, DataError, UserError
 
@@ -59,6 +62,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+class AfterStep(Callback):
+    """Does something after a step, once. A checkpoint of that step may have been written before.
+
+    Attributes:
+        unsaved: whether something was done that no checkpoint knows of.
+    """
+
+    unsaved = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.unsaved = False
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -136,7 +154,10 @@ class RunCheckpoint(ModelCheckpoint):
         self.save_now(trainer)
 
     def save_now(self, trainer: pl.Trainer) -> None:
-        """Write what the run stands at, unless its step is saved already; all ranks must call it."""
+        """Write what the run stands at, unless it is saved already; all ranks must call it."""
+        done_since = any(isinstance(callback, AfterStep) and callback.unsaved for callback in callbacks_of(trainer))
+        if done_since and trainer.global_step > 0:
+            self._last_global_step_saved = -1
         if self._should_skip_saving_checkpoint(trainer):
             return
         candidates = self._monitor_candidates(trainer)
@@ -193,24 +214,117 @@ def log_step(trainer: pl.Trainer) -> None:
     trainer._logger_connector.update_train_step_metrics()
 
 
-class ExactResume(Callback):
-    """Sets right the counters in a checkpoint from which Lightning would not go on exactly.
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """All callbacks of a trainer, in the order of their calls."""
+    return trainer.callbacks  # type: ignore[attr-defined]  # put there by a connector
 
-    Within an accumulation window it holds the weights of the last optimizer step, and the gradients gathered since
-    are lost. Data and noise are functions of the batch counters, so that rewinding them to that step recomputes what
-    was lost.
+
+class ExactResume(AfterStep):
+    """Sets right what Lightning would not go on from exactly.
+
+    Within an accumulation window a checkpoint holds the weights of the last optimizer step, and the gradients gathered
+    since are lost. Data and noise are functions of the batch counters, so that rewinding them to that step recomputes
+    what was lost.
 
     A run that goes on from the end of an epoch never counts the next one as begun; stopped at its end too, it would
     not count it as an epoch at all, and train one more than ``trainer.max_epochs``.
+
+    A validation that was due at the end of the batch with which a checkpoint was written, and is not over in it, is
+    made when the run goes on, before it trains. Lightning would leave it out.
+
+    A run that goes on from its last step ends again, which means ``on_train_start`` and ``on_train_end``: what was cut
+    short at its end is done. Lightning would do nothing.
     """
+
+    def __init__(self) -> None:
+        self._validation_due = False
+        self._loops: dict[str, Any] | None = None  # as saved where the run stands, as long as it trains no batch
+        self._begun = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._validation_due, self._loops, self._begun, self.unsaved = False, None, False, False
+            trainer.fit_loop.run = partial(self._run, trainer)  # type: ignore[method-assign]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        vars(trainer.fit_loop).pop("run", None)
+
+    def _run(self, trainer: pl.Trainer) -> None:
+        loop = trainer.fit_loop
+        type(loop).run(loop)
+        at_its_end = trainer.ckpt_path is not None and not trainer.should_stop and trainer.limit_train_batches != 0
+        if at_its_end and not self._begun:
+            loop.on_run_start()
+            loop.on_run_end()
+
+    # Validation
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begun = True
+        if self._validation_due:
+            self._validate(trainer)
+            self._validation_due = False  # also where this run is to have none
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._validation_due, self._loops = False, None
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._validation_due = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._validation_due, self.unsaved = False, True
+
+    def _validate(self, trainer: pl.Trainer) -> None:
+        """As Lightning does it at the end of a batch."""
+        loop, results = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+        first = results._first_loop_iter
+        loop.restarting = False
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+        results._first_loop_iter = first
+
+    # Counters
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._loops = deepcopy(checkpoint["loops"]["fit_loop"])
+            self._validation_due = self._loops["epoch_loop.state_dict"].get("validation_due", False)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._loops is None:
+            self._set_right(trainer, checkpoint["loops"]["fit_loop"])
+            self._loops = checkpoint["loops"]["fit_loop"]
+        # What Lightning counts from a batch's end on, until the next one, is no place to go on from.
+        loops = checkpoint["loops"]["fit_loop"] = deepcopy(self._loops)
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        # The batch at whose end it was due is to come again.
+        rewound = loops["epoch_loop.batch_progress"]["total"]["processed"] < batches.processed
+        loops["epoch_loop.state_dict"]["validation_due"] = self._validation_due and not rewound
+
+    def _set_right(self, trainer: pl.Trainer, loops: dict[str, Any]) -> None:
+        progress = loops["epoch_loop.batch_progress"]
         current, total = progress["current"], progress["total"]
+        if trainer.validating and self._validation_due:  # it is given up: back to the end of the batch before it
+            for counters in (current, total):
+                counters["completed"] -= 1
+            for counters in loops["epoch_loop.val_loop.batch_progress"].values():
+                if isinstance(counters, dict):
+                    counters.update(ready=0, started=0, processed=0, completed=0)
         if current["completed"] < current["processed"]:  # at the end of a batch, so that an epoch is under way
-            for epochs in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            loop = trainer.fit_loop
+            assert loop._data_fetcher is not None
+            self._validation_due |= loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+            for epochs in loops["epoch_progress"].values():
                 done = epochs["processed"]
                 epochs.update(ready=done + 1, started=done + 1, completed=done)
         at_epoch_end = progress["is_last_batch"] and current["processed"] == current["ready"]

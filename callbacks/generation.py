@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from callbacks.clock import EVALUATION
+from callbacks.preemption import preemption
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import ConfigError
 from lightning_modules.sampling import Denoise, Sampler, initial_noise
@@ -72,14 +73,25 @@ def make_pictures(
 
 
 def my_share(trainer: pl.Trainer, items: Sequence[T], batch_size: int, title: str) -> Iterator[Sequence[T]]:
-    """This rank's items (every world-th) in batches, with a progress bar on rank 0."""
+    """This rank's items (every world-th) in batches, with a progress bar on rank 0.
+
+    Within ``fit`` all ranks agree before every batch whether a signal has come, also those that have none left; use it
+    within ``interruptible``.
+    """
     mine = items[trainer.global_rank :: trainer.world_size]
+    most = len(items[:: trainer.world_size])  # rank 0's
+    leaving = preemption(trainer)
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     with Tqdm(total=len(mine), desc=title, leave=False, disable=not shown) as bar:
-        for start in range(0, len(mine), batch_size):
+        for start in range(0, most, batch_size):
+            if leaving is not None:
+                leaving.give_up_if_asked(
+                    trainer, f"{title} after {start * trainer.world_size} of {len(items)} pictures"
+                )
             batch = mine[start : start + batch_size]
-            yield batch
-            bar.update(len(batch))
+            if batch:
+                yield batch
+                bar.update(len(batch))
 
 
 def gathered(trainer: pl.Trainer, mine: list[T]) -> list[T]:

@@ -8,31 +8,48 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.checkpointing import RunCheckpoint, log_step, newest_checkpoint
+from callbacks.checkpointing import RunCheckpoint, callbacks_of, log_step, newest_checkpoint
 from datamodules.step_pool import StepPoolDataModule
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 SCONTROL_SECONDS = 20.0  # for each call: the time until SLURM kills a job is short, and its controller may be busy
 
 
+class GivenUp(Exception):
+    """A rank got a signal while all of them evaluate; it unwinds what the evaluation has put up.
+
+    Args:
+        number: the signal.
+        what: the evaluation, and how far it had come.
+    """
+
+    def __init__(self, number: int, what: str) -> None:
+        super().__init__(what)
+        self.number, self.what = number, what
+
+
 class Preemption(Callback):
     """Leaves a run that is told to end, with a checkpoint from which it goes on exactly.
 
     SIGTERM, SIGUSR1 and SIGINT are noted, no more: a signal may hit anywhere, also within an optimizer step or a
-    checkpoint. At the end of every batch, and before every chunk of a pool, the ranks agree whether any of them got
-    one. Then they write one checkpoint, a SLURM job that was not cancelled is requeued (SIGTERM and SIGUSR1), and all
-    processes leave with 128 + the signal's number, which is never 0: a job that was cut short is no finished one.
+    checkpoint. At the end of every batch of training or validation, before every batch of an evaluation's pictures, and
+    before every chunk of a pool, the ranks agree whether any of them got one. An evaluation is given up then, and made
+    anew when the run goes on (``ExactResume``, ``PolicyEvaluation``). They write one checkpoint, a SLURM job that was
+    not cancelled is requeued (SIGTERM and SIGUSR1), and all processes leave with 128 + the signal's number, which is
+    never 0: a job that was cut short is no finished one.
 
     The end of any batch will do: a checkpoint within an accumulation window goes back to the last optimizer step, which
     costs less than to wait for the window's end. Between chunks nothing needs to be saved: ``RunCheckpoint`` has
@@ -44,6 +61,8 @@ class Preemption(Callback):
     def __init__(self) -> None:
         self._received = 0
         self._interrupts = 0
+        self._trained = False
+        self._validated, self._common = 0, 0.0  # batches of a validation: done; that every rank has
         self._former: dict[int, Any] = {}
         self._launcher: Any = None
 
@@ -53,6 +72,7 @@ class Preemption(Callback):
         if stage != "fit":
             return
         self._received = self._interrupts = 0
+        self._trained = False
         self._launcher = trainer.strategy.launcher
         self._install()
         # Lightning's own handlers run collectives and save wherever they hit. It would put them in place after the
@@ -60,7 +80,7 @@ class Preemption(Callback):
         trainer._signal_connector.register_signal_handlers = self._install  # type: ignore[method-assign]
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, StepPoolDataModule):
-            data.between_chunks = lambda: self._leave_if_asked(trainer, saves=False)
+            data.between_chunks = lambda: self._between_chunks(trainer)
 
     def _install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -90,23 +110,81 @@ class Preemption(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore(trainer)
 
-    # Leaving
+    # Where ranks agree
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._trained = True  # before that the run stands in the checkpoint that it goes on from, if any
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._leave_if_asked(trainer, saves=True)
-
-    def _leave_if_asked(self, trainer: pl.Trainer, saves: bool) -> None:
-        """All ranks must call it.
-
-        Raises:
-            SystemExit: a rank got a signal.
-            UserError: a rank got one, and the checkpoint cannot be written.
-        """
         number = self._agreed(trainer)
+        if number:
+            self._leave(trainer, number, saves=True)
+
+    def _between_chunks(self, trainer: pl.Trainer) -> None:
+        """All ranks must call it; raises as ``_leave``."""
+        number = self._agreed(trainer)
+        if number:
+            self._leave(trainer, number, saves=False)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validated, self._common = 0, 0.0
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            batches = torch.tensor(float(sum(trainer.num_val_batches)), device=trainer.strategy.root_device)
+            if trainer.world_size > 1:
+                torch.distributed.all_reduce(batches, op=torch.distributed.ReduceOp.MIN)
+            # Where nobody knows how many there are, one rank's may end first.
+            self._common = 0.0 if trainer.world_size > 1 and batches.isinf() else batches.item()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._validated += 1
+        number = self._agreed(trainer) if self._validated < self._common else 0  # after the last one its end is near
         if not number:
             return
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, WeightAveraging):
+                callback.on_validation_epoch_end(trainer, pl_module)  # puts back the weights that are trained
+        what = f"the validation after {self._validated} of {self._common:.0f} batches"
+        self._leave(trainer, number, self._trained, what)
+
+    def give_up_if_asked(self, trainer: pl.Trainer, what: str) -> None:
+        """All ranks must call it, within ``interruptible``.
+
+        Args:
+            what: the evaluation that they are in, and how far it has come.
+
+        Raises:
+            GivenUp: a rank got a signal, while the run trains.
+        """
+        number = self._agreed(trainer) if trainer.state.fn == TrainerFn.FITTING else 0
+        if number:
+            raise GivenUp(number, what)
+
+    # Leaving
+
+    def leave(self, trainer: pl.Trainer, given_up: GivenUp) -> None:
+        """All ranks must call it; raises as ``_leave``."""
+        self._leave(trainer, given_up.number, self._trained, given_up.what)
+
+    def _leave(self, trainer: pl.Trainer, number: int, saves: bool, what: str | None = None) -> None:
+        """
+        Raises:
+            SystemExit: always.
+            UserError: the checkpoint cannot be written.
+        """
+        if what is not None and trainer.is_global_zero:
+            _tell(f"gave up {what}; it is made anew when the run goes on")
         if saves:
             _save(trainer)
         if trainer.is_global_zero:
@@ -130,8 +208,26 @@ class Preemption(Callback):
         return int(received)
 
 
+def preemption(trainer: pl.Trainer) -> Preemption | None:
+    """The trainer's, if it has one."""
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, Preemption)), None)
+
+
+@contextmanager
+def interruptible(trainer: pl.Trainer) -> Iterator[None]:
+    """Where an evaluation that is given up ends, and the run with it; around everything that it has to undo."""
+    try:
+        yield
+    except GivenUp as given_up:
+        leaving = preemption(trainer)
+        assert leaving is not None  # it raised this
+        leaving.leave(trainer, given_up)
+
+
 def _save(trainer: pl.Trainer) -> None:
-    log_step(trainer)
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    if batches.completed < batches.processed:  # at a batch's end; later Lightning has done it
+        log_step(trainer)
     ours = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
     for callback in ours:
         callback.save_now(trainer)

@@ -13,12 +13,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from jaxtyping import Float
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from torch import Tensor
 
+from callbacks.evaluation import PolicyEvaluation
 from callbacks.files import write_atomically
 from callbacks.generation import (
     Shot,
@@ -29,6 +29,7 @@ from callbacks.generation import (
     policy_step,
     undisturbed,
 )
+from callbacks.preemption import interruptible
 from datamodules.prompts import prompt_texts
 from lightning_modules.sampling import Sampler
 
@@ -40,7 +41,7 @@ LINE = 15  # pixels a caption line
 CAPTION_LINES = 4
 
 
-class SampleGrid(Callback):
+class SampleGrid(PolicyEvaluation):
     """Draws a grid, one prompt a column, the policy above the reference, captions below.
 
     At the start, every ``every_n_steps`` optimizer steps, at the end, and in ``test``. Pictures go to
@@ -56,6 +57,8 @@ class SampleGrid(Callback):
         seed: of the noise, which is keyed by prompt. Not the run's: then runs of different seeds can be compared.
     """
 
+    evaluates_start = True
+
     def __init__(
         self,
         prompts: list[str] | str,
@@ -66,27 +69,14 @@ class SampleGrid(Callback):
         image_size: int | None = None,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         self.texts = prompt_texts(prompts, number)
         self.sampler, self.every_n_steps = sampler, every_n_steps
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
-        self._drawn_at: int | None = None
         self._reference: list[np.ndarray] | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == 0:
-            self.draw(trainer, pl_module)
-        self._drawn_at = trainer.global_step  # where a resumed run stands was drawn before
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # The counter stands still while gradients are accumulated.
-        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._drawn_at:
-            self.draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._drawn_at:
-            self.draw(trainer, pl_module)
+    def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.draw(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         path = self.draw(trainer, pl_module)
@@ -98,8 +88,7 @@ class SampleGrid(Callback):
         """Make, write and log one grid; all ranks must call it. Returns its path."""
         module = alignment(pl_module, "SampleGrid")
         step = policy_step(trainer)
-        self._drawn_at = trainer.global_step
-        with undisturbed(module):
+        with interruptible(trainer), undisturbed(module):
             rows = {"policy": self._row(trainer, pl_module, module.policy.predict_noise, "policy")}
             if module.reference is not None:
                 if self._reference is None:  # it never changes

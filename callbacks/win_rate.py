@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
+from callbacks.evaluation import PolicyEvaluation
 from callbacks.files import write_atomically
 from callbacks.generation import (
     Shot,
@@ -26,6 +26,7 @@ from callbacks.generation import (
     policy_step,
     undisturbed,
 )
+from callbacks.preemption import interruptible
 from callbacks.statistics import Mean, WinCount
 from datamodules.prompts import prompt_texts
 from lightning_modules.alignment import AlignmentModule
@@ -37,7 +38,7 @@ from lightning_modules.sampling import Denoise, Sampler
 Scores = dict[str, list[float]]
 
 
-class WinRate(Callback):
+class WinRate(PolicyEvaluation):
     """Judges the policy against the reference on held-out prompts, both drawn from the same noise.
 
     Runs at the end of every validation (or every ``every_n_steps``), after the training, and in ``validate`` and
@@ -72,6 +73,7 @@ class WinRate(Callback):
         image_size: int | None = None,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         names = [reward.name for reward in rewards]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"WinRate wants one or more rewards with different names, got {names}")
@@ -80,27 +82,17 @@ class WinRate(Callback):
         self.rewards, self.sampler, self.every_n_steps = rewards, sampler, every_n_steps
         self.images_per_prompt, self.batch_size = images_per_prompt, batch_size
         self.image_size, self.seed = image_size, seed
-        self._judged_at: int | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._judged_at = trainer.global_step  # where a resumed run stands was judged before; step 0 is all ties
+    def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.judge(trainer, pl_module, "val")
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
         if not trainer.sanity_checking and not (fitting and self.every_n_steps is not None):
             # Within the loop, so that checkpoints and early stopping can monitor the numbers.
             pl_module.log_dict(self.judge(trainer, pl_module, "val"), logger=False, batch_size=1, sync_dist=True)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if self.every_n_steps is not None and step and step % self.every_n_steps == 0 and step != self._judged_at:
-            self.judge(trainer, pl_module, "val")
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._judged_at:
-            self.judge(trainer, pl_module, "val")
+            if fitting:
+                self.note(trainer)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.test_texts is None:
@@ -113,12 +105,11 @@ class WinRate(Callback):
         texts = self.test_texts if split == "test" and self.test_texts is not None else self.texts
         pictures = range(self.images_per_prompt)
         shots = [Shot(text, (self.seed, "win_rate", p, i)) for p, text in enumerate(texts) for i in pictures]
-        with undisturbed(module):
+        with interruptible(trainer), undisturbed(module):
             for reward in self.rewards:
                 reward.to(module.device).eval()
             policy = self._score(trainer, module, module.policy.predict_noise, shots, "policy")
             reference = self._reference_scores(trainer, module, shots)
-        self._judged_at = trainer.global_step
         step = policy_step(trainer)
         report = Report.of(split, step, policy, reference, self.protocol(module, split))
         if trainer.is_global_zero:
@@ -253,8 +244,9 @@ class Report:
 
     def append_to(self, path: Path) -> None:
         """Add this report to the history; one of the same split and step (a repeated evaluation) is replaced."""
-        history = [e for e in _read(path) or [] if (e["split"], e["step"]) != (self.split, self.step)]
-        write_atomically(path, json.dumps([*history, asdict(self)], indent=1).encode())
+        history = {(entry["split"], entry["step"]): entry for entry in _read(path) or []}
+        history[self.split, self.step] = asdict(self)
+        write_atomically(path, json.dumps(list(history.values()), indent=1).encode())
 
     def table(self) -> Table:
         """The report for people, at most 80 characters wide; parts stand indented under their reward."""

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tiny_regression import Regression, Sends, Validated, fit
 from tiny_world import make, trainer
+from torch.multiprocessing import ProcessExitedException
 
 from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint, newest_checkpoint
 from callbacks.preemption import SIGNALS, Preemption, requeue
@@ -117,22 +118,98 @@ class SendsWhileSaving(AtomicCheckpointIO):
         os.kill(os.getpid(), TERM)
 
 
-class SendsWhileValidating(Callback):
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if not trainer.sanity_checking and trainer.global_step > 1:
-            os.kill(os.getpid(), USR1)
-
-
-@pytest.mark.parametrize("where", ["saving", "validating"])
-def test_a_signal_while_saving_or_validating_does_no_harm(whole, tmp_path, where):
-    first, again = {"plugins": [SendsWhileSaving()]}, {}
-    sends = Sends(4, TERM)
-    if where == "validating":
-        sends = SendsWhileValidating()
-        first, again = ({"module": Validated(), "val_check_interval": 7} for _ in range(2))
+def test_a_signal_while_saving_does_no_harm(whole, tmp_path):
     with pytest.raises(SystemExit):
-        run(tmp_path, sends, **first)
-    resumed = run(tmp_path, ckpt_path=newest_checkpoint(tmp_path / "checkpoints"), **again)
+        run(tmp_path, Sends(4, TERM), plugins=[SendsWhileSaving()])
+    resumed = run(tmp_path, ckpt_path=newest_checkpoint(tmp_path / "checkpoints"))
+    assert torch.equal(resumed.net.weight, whole.net.weight)
+
+
+# ---------------------------------------------------------------------------------------- validations
+
+
+class Noted(Validated):
+    """Remembers every validation that came to its end: batches trained on before, and a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.validations = []
+
+    def on_validation_epoch_end(self):
+        if not self.trainer.sanity_checking:
+            trained = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+            self.validations.append((trained, self.net.weight[0, 0].item()))
+
+
+class InValidation(Callback):
+    """When a batch of the n-th validation begins, a signal comes, or the process dies."""
+
+    def __init__(self, n, number=None, rank=None, batch=1):
+        self.n, self.number, self.rank, self.batch = n, number, rank, batch
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        due = not trainer.sanity_checking and len(pl_module.validations) == self.n and batch_idx == self.batch
+        if due and self.number is None:
+            raise InterruptedError
+        if due and self.rank in (None, trainer.global_rank):
+            os.kill(os.getpid(), self.number)
+
+
+def validated(folder, *callbacks, every_n_steps=100, resume=False, **options):
+    newest = newest_checkpoint(folder / "checkpoints") if resume else None
+    saving = [Preemption(), RunCheckpoint(every_n_steps), ExactResume()]
+    return fit(folder, *callbacks, *saving, module=Noted(), ckpt_path=newest, **({"accumulate": 3} | options))
+
+
+# Windows of 3 batches, the last of an epoch of 10 is short. Validations within a window, at its end, at the end of the
+# epoch, of which the second is the run's end, too; then every 4 batches without regard to epochs.
+VALIDATIONS = {
+    "window": {"val_check_interval": 7, "steps": 8},
+    "step": {"val_check_interval": 6, "steps": 8},
+    "epoch": {"val_check_interval": 1.0, "steps": 8},
+    "epoch, without a number of steps": {"val_check_interval": 1.0, "steps": -1, "max_epochs": 2},
+    "batches": {"val_check_interval": 4, "check_val_every_n_epoch": None, "steps": 8},
+}
+
+
+@pytest.mark.parametrize("options", VALIDATIONS.values(), ids=VALIDATIONS)
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("how", ["signal", "death"])
+def test_a_validation_that_is_cut_short_is_made_once_when_the_run_goes_on(tmp_path, capfd, how, n, options):
+    whole = validated(tmp_path / "whole", **options)
+    cut = Noted()
+    dies, ends = InValidation(n, TERM if how == "signal" else None), SystemExit if how == "signal" else InterruptedError
+    with pytest.raises(ends):
+        # Where it dies there is a checkpoint of the very step, written before.
+        validated(tmp_path, dies, Keeps(cut), every_n_steps=1 if how == "death" else 100, **options)
+    assert ("gave up the validation after 2 of 3 batches; it is made anew" in capfd.readouterr().err) == (
+        how == "signal"
+    )
+    resumed = validated(tmp_path, resume=True, **options)
+    assert cut.validations + resumed.validations == whole.validations
+    assert len(cut.validations) == n
+    assert torch.equal(resumed.net.weight, whole.net.weight)
+    again = validated(tmp_path, resume=True, **options)
+    assert (again.validations, again.losses) == ([], [])
+
+
+class Keeps(Callback):
+    """Hands out what the module of a run that raises has noted."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def on_validation_end(self, trainer, pl_module):
+        self.target.validations = list(pl_module.validations)
+
+
+def test_a_validation_that_is_made_up_for_can_be_cut_short_too(tmp_path):
+    whole = validated(tmp_path / "whole", val_check_interval=1.0, steps=8)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            validated(tmp_path, InValidation(0, USR1), val_check_interval=1.0, steps=8, resume=True)
+    resumed = validated(tmp_path, val_check_interval=1.0, steps=8, resume=True)
+    assert resumed.validations == whole.validations
     assert torch.equal(resumed.net.weight, whole.net.weight)
 
 
@@ -274,6 +351,17 @@ def two(folder, *callbacks, **options):
 
 def last(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_ranks_leave_a_validation_together_when_one_gets_the_signal(tmp_path, capfd):
+    options = {"devices": 2, "strategy": "ddp_fork", "val_check_interval": 1.0, "steps": 4}
+    validated(tmp_path / "whole", **options)
+    with pytest.raises(ProcessExitedException, match="exit code 143"):
+        validated(tmp_path, InValidation(0, TERM, rank=1, batch=0), **options)
+    assert capfd.readouterr().err.count("gave up the validation after 1 of 2 batches") == 1
+    validated(tmp_path, resume=True, **options)
+    for name, value in last(tmp_path / "whole").items():
+        assert torch.equal(value, last(tmp_path)[name])
 
 
 SCRIPT = """
