@@ -18,10 +18,12 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from callbacks.clock import EVALUATION
+
 # Places in a run, in the order of time: batches done, then 0 before the next batch and 1 within it, then a counter.
 Moment = tuple[int, int, int]
 
-PHASES = ("start-up", "sampling", "step", "between steps", "validation", "the end")
+PHASES = ("start-up", "sampling", "step", "between steps", "validation", "pictures", "the end")
 
 
 class Board:
@@ -48,9 +50,9 @@ class Plan:
     Args:
         board: shared with the killer.
         run_dir: the run's folder.
-        where: "time": tell when ``moment`` has come, the killer waits a while and strikes; "step", "sampling": stop
-            in the next forward pass of that kind; "checkpoint", "shard": stop while the next one is being written;
-            None: go on to the end.
+        where: "time": tell when ``moment`` has come, the killer waits a while and strikes; "step", "sampling",
+            "validation", "pictures": stop in the next forward pass of that kind; "checkpoint", "shard": stop while
+            the next one is being written; None: go on to the end.
         moment: from when on.
         depth: how far into the writing: lines of the writer's code, or the end of it if that comes first; how many
             forward passes of that kind to let pass.
@@ -137,7 +139,9 @@ class Probe(Callback):
         pl_module.policy.unet.register_forward_pre_hook(self._forward)
 
     def _forward(self, network: Any, args: Any) -> None:
-        if self.trainer.validating or self.trainer.sanity_checking:
+        if EVALUATION.is_running:
+            kind = "pictures"
+        elif self.trainer.validating or self.trainer.sanity_checking:
             kind = "validation"
         else:
             kind = "step" if self.inside else "sampling"

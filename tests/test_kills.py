@@ -62,9 +62,41 @@ SPO = {
     },
 }
 
+# Validated at the end of every second epoch, with which a checkpoint is written, and between checkpoints.
+EVALUATED = {
+    "data.init_args.val_shards": "pixels",
+    "trainer.limit_val_batches": 3,
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.val_check_interval": 4,
+    "trainer.check_val_every_n_epoch": None,
+    "trainer.callbacks+": [
+        {"class_path": "Cost"},
+        {
+            "class_path": "WinRate",
+            "init_args": {
+                "prompts": ["one", "two", "three"],
+                "rewards": [
+                    {"class_path": "PickScore", "init_args": {"pretrained": "tiny-pickscore", "processor": None}}
+                ],
+                "sampler": {"class_path": "Sampler", "init_args": {"steps": 2, "guidance_scale": 1.0}},
+                "batch_size": 1,
+            },
+        },
+        {
+            "class_path": "SampleGrid",
+            "init_args": {
+                "prompts": ["one", "two"],
+                "sampler": {"class_path": "Sampler", "init_args": {"steps": 2, "guidance_scale": 1.0}},
+                "every_n_steps": 5,
+                "batch_size": 1,
+            },
+        },
+    ],
+}
+
 KINDS = {
     "SFT": Kind({"model.init_args.objective": {"class_path": "SFT"}, "model.init_args.reference": None}),
-    "DPO": Kind({"trainer.callbacks+": [{"class_path": "Cost"}]}),
+    "DPO": Kind(EVALUATED, places=("step", "checkpoint", "validation", "pictures")),
     "DPO, 2 workers, accumulation 3": Kind(
         {
             "data.init_args.num_workers": 2,
@@ -149,7 +181,7 @@ def settings(kind: Kind, folder: Path, pipelines: Path) -> dict[str, Any]:
             node[last[:-1]] = [*node[last[:-1]], *value]
         else:
             node[last] = json.loads(json.dumps(value))  # kinds share their settings' source
-    places = {name: str(pipelines / name) for name in ("tiny-sd15", "tiny-spm")}
+    places = {name: str(pipelines / name) for name in ("tiny-sd15", "tiny-spm", "tiny-pickscore")}
     places |= {name: str(folder / name) for name in ("pixels", "latents")}
     named: dict[str, Any] = json.loads(json.dumps(tree), object_hook=lambda node: {
         key: places.get(value, value) if isinstance(value, str) else value for key, value in node.items()
@@ -182,16 +214,16 @@ def world(tmp_path_factory: pytest.TempPathFactory, harness: Harness, pipelines:
 # ------------------------------------------------------------------------------------------- what a run leaves
 
 
-def losses(run_dir: Path) -> dict[int, float]:
-    """The loss of every step, from all the event files of a run; a step that was trained twice must be the same."""
+def losses(run_dir: Path, stage: str = "train") -> dict[int, float]:
+    """The loss of every step, from all the event files of a run; a step that comes twice must be the same."""
     found: dict[int, float] = {}
     files = sorted(run_dir.glob("events.out.tfevents.*"), key=lambda file: (file.stat().st_mtime_ns, file.name))
     for file in files:
         for event in LegacyEventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                if value.tag == "train/loss":
+                if value.tag == f"{stage}/loss":
                     known = found.setdefault(event.step, value.simple_value)
-                    assert known == value.simple_value, f"step {event.step} was trained twice, with different losses"
+                    assert known == value.simple_value, f"{stage} step {event.step} comes twice, with different losses"
     return found
 
 
@@ -204,6 +236,13 @@ def final(run_dir: Path) -> dict[str, Any]:
     batches = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
     left_out = {"callbacks", "loops"}
     return {name: value for name, value in saved.items() if name not in left_out} | {"batches": batches}
+
+
+def evaluations(run_dir: Path) -> tuple[str | None, dict[str, bytes]]:
+    """What a run's pictures were worth, and the drawn ones."""
+    history = run_dir / "win_rate.json"
+    drawn = {path.name: path.read_bytes() for path in run_dir.glob("samples/*")}
+    return history.read_text() if history.exists() else None, drawn
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
@@ -220,7 +259,8 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
 
 # ------------------------------------------------------------------------------------------- chains of kills
 
-HITS = {"step": "step", "checkpoint": "writing a checkpoint", "sampling": "sampling", "shard": "writing a shard"}
+HITS = {place: place for place in ("step", "sampling", "validation", "pictures")}
+HITS |= {"checkpoint": "writing a checkpoint", "shard": "writing a shard"}
 
 
 @dataclass(frozen=True)
@@ -282,7 +322,7 @@ class Chain:
         moments, seconds = zip(*json.loads(self.timeline.read_text()))
         signals = [signal.SIGKILL, signal.SIGTERM] * (kills // 2)
         wheres = ([place for place in self.kind.places for _ in range(2)] + ["time"] * kills)[:kills]
-        # Until when there are places to come: of the last pool but one, and of the last batches.
+        # Until when there are places to come: of the last pool or evaluation but one, and of the last batches.
         pools = [second for moment, second in zip(moments, seconds) if moment[1] == 0 and moment[2] == 1]
         batches = [second for moment, second in zip(moments, seconds) if moment[1] == 1 and moment[2] == 0]
         points = []
@@ -304,6 +344,8 @@ class Chain:
         assert len(expected) == STEPS
         assert [step for step in expected if expected[step] != found[step]] == []
         assert differences(final(whole), final(killed)) == []
+        assert losses(whole, "val") == losses(killed, "val")
+        assert evaluations(whole) == evaluations(killed)
         files = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (whole, killed)]
         assert len(files[1]) <= len(files[0]) == 3  # the newest two and last.ckpt
         assert all(name.endswith(".ckpt") for name in files[1])
