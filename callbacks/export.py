@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.generation import alignment
+from lightning_modules.sharding import whole
 
 
 class ExportPolicy(Callback):
@@ -43,14 +44,16 @@ class ExportPolicy(Callback):
         self.export(trainer, pl_module)
 
     def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the policy as it is now, unless this step was written already."""
+        """Write the policy as it is now, unless this step was written already; all ranks must call it."""
         module = alignment(pl_module, "ExportPolicy")
-        if not trainer.is_global_zero or self._exported_at == trainer.global_step:
+        if self._exported_at == trainer.global_step:
             return
         folder = Path(trainer.default_root_dir) / "export"
-        module.policy.save_pretrained(folder / f"step={trainer.global_step:07d}")
+        with whole(module.policy.denoiser):
+            if trainer.is_global_zero:
+                module.policy.save_pretrained(folder / f"step={trainer.global_step:07d}")
         self._exported_at = trainer.global_step
-        if self.keep >= 0:
+        if self.keep >= 0 and trainer.is_global_zero:
             for old in exports(folder)[: -self.keep or None]:
                 shutil.rmtree(old)
 

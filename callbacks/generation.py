@@ -20,6 +20,7 @@ from callbacks.preemption import preemption
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import ConfigError
 from lightning_modules.sampling import Denoise, Sampler, initial_noise
+from lightning_modules.sharding import whole
 
 T = TypeVar("T")
 
@@ -45,11 +46,14 @@ def alignment(module: pl.LightningModule, who: str) -> AlignmentModule:
 
 
 @contextmanager
-def undisturbed(module: pl.LightningModule) -> Iterator[None]:
-    """Evaluate within training: no gradient, no dropout, and afterwards modes and global generators as before."""
+def undisturbed(module: AlignmentModule) -> Iterator[None]:
+    """Evaluate within training: no gradient, no dropout, and afterwards modes and global generators as before.
+
+    All ranks must enter it. Within it each has whole weights, to draw as many pictures as fall to it.
+    """
     modes = [(part, part.training) for part in module.modules()]
     # Inference mode, which Lightning validates in, would poison tensors that a policy caches and later trains with.
-    with EVALUATION.running(), torch.inference_mode(False), torch.no_grad(), isolate_rng():
+    with EVALUATION.running(), torch.inference_mode(False), torch.no_grad(), isolate_rng(), whole(*module.denoisers()):
         module.eval()
         try:
             yield

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_modules.errors import ConfigError, DivergenceError
+from lightning_modules.sharding import whole_tensor
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def gradient_norm(trainer: pl.Trainer, optimizer: Optimizer) -> Float[Tensor, ""
     gradients = [parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None]
     if not gradients:
         return torch.zeros((), device=trainer.strategy.root_device)
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
     return norm / _scale(trainer) if _unscales_by_itself(optimizer) else norm
 
 

@@ -38,6 +38,7 @@ from lightning_modules.errors import ConfigError, DataError, UserError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.policies.tiny_decoder import TinyDecoder
 from lightning_modules.randomness import generator
+from lightning_modules.sharding import FullyShardedStrategy, whole
 from lightning_modules.step_sampling import Rollout, SeededDraws, StepSampler
 from lightning_modules.step_scoring import StepScorer
 
@@ -231,10 +232,10 @@ class StepPoolDataModule(LightningDataModule):
                 "or lower data.prompts_per_pool"
             )
         strategy = self._running.strategy
-        if type(strategy) is not DDPStrategy and not isinstance(strategy, SingleDeviceStrategy):
+        if type(strategy) is not DDPStrategy and not isinstance(strategy, SingleDeviceStrategy | FullyShardedStrategy):
             raise ConfigError(
                 f"ranks sample different prompts, so each needs whole weights, and {type(strategy).__name__} shards "
-                "them; use one device or trainer.strategy=ddp"
+                "them; use one device or trainer.strategy=ddp or fsdp2"
             )
         self._check_against_objective("data.sampler", asdict(self.sampler))
 
@@ -440,6 +441,10 @@ class StepPoolDataModule(LightningDataModule):
 
     def _make(self, number: int) -> str:
         """Sample what is missing of a pool, on all ranks together; the name of its folder."""
+        with whole(self._policy.denoiser):  # each rank samples prompts of its own
+            return self._make_with_whole_weights(number)
+
+    def _make_with_whole_weights(self, number: int) -> str:
         trainer = self._running
         settings = trainer.strategy.broadcast(self._settings(number))
         # The step counts what the weights have learned; the weights themselves are in the hash.

@@ -31,6 +31,7 @@ from callbacks.win_rate import WinRate
 from experiments.compose import JOBS, CommandLine, packaged_configs, settings
 from experiments.explain import explain
 from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.sharding import FullyShardedStrategy
 
 
 class OneLineParser(LightningArgumentParser):
@@ -246,16 +247,16 @@ def _check_writable(folder: Path) -> None:
 def _check_strategy(strategy: Any) -> None:
     """
     Raises:
-        ConfigError: processes would hold parts of the weights, or Lightning would not know the name.
+        ConfigError: one under which this framework has not been made to work.
     """
     if isinstance(strategy, str):
-        whole, name = strategy == "auto" or strategy.startswith("ddp"), strategy
+        known, name = strategy in ("auto", "fsdp2") or strategy.startswith("ddp"), strategy
     else:
-        whole = isinstance(strategy, pl.strategies.DDPStrategy | pl.strategies.SingleDeviceStrategy)
-        name = type(strategy).__name__
-    if not whole:
+        kinds = pl.strategies.DDPStrategy | pl.strategies.SingleDeviceStrategy | FullyShardedStrategy
+        known, name = isinstance(strategy, kinds), type(strategy).__name__
+    if not known:
         raise ConfigError(
-            f"trainer.strategy {name} is not supported: pools, pictures, exports and checkpoints are made by single "
-            "processes that need whole weights; use ddp, on one machine or several, and for less memory LoRA with "
-            "AdapterOff, policy.frozen_dtype and policy.gradient_checkpointing"
+            f"trainer.strategy {name} is not supported: pools, pictures, exports and checkpoints take whole weights; "
+            "use ddp, or fsdp2 (ModelParallelStrategy, set up for them) where a process has no room for all weights, "
+            "gradients and moments"
         )

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_modules.batches import Conditioning, LatentPairs, PreferencePairs, StepPairs
 from lightning_modules.errors import ConfigError
@@ -15,6 +16,7 @@ from lightning_modules.objectives.base import LossOutput, Objective
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import rand
 from lightning_modules.references import Reference
+from lightning_modules.sharding import shard
 from lightning_modules.training import TrainingModule
 
 Batch = PreferencePairs | LatentPairs | StepPairs
@@ -70,6 +72,15 @@ class AlignmentModule(TrainingModule):
         """Before any checkpoint is restored: the reference is the policy as it was before training."""
         if self.reference is not None:
             self.reference.attach(self.policy)
+
+    def denoisers(self) -> list[nn.Module]:
+        """The policy's, and what the reference keeps beside it: the large networks."""
+        return [self.policy.denoiser, *(self.reference.own_networks() if self.reference is not None else [])]
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Leave this process its part of them (``trainer.strategy: fsdp2``)."""
+        for network in self.denoisers():
+            shard(network, self.policy.blocks, mesh)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.compute_loss(batch, "train")

@@ -58,7 +58,8 @@ class FrozenCopy(Reference):
 
     @torch.no_grad()
     def predict_noise(self, query: DenoiserQuery) -> Float[Tensor, "n c h w"]:
-        self._denoiser.to(query.latents.device)
+        if next(self._denoiser.parameters()).device != query.latents.device:
+            self._denoiser.to(query.latents.device)
         return self._policy.predict_noise(query, denoiser=self._denoiser)
 
     def own_networks(self) -> list[nn.Module]:

@@ -143,8 +143,8 @@ def test_a_process_that_fails_ends_the_other_one_though_it_waits_in_no_collectiv
         ("{class_path: lightning.pytorch.strategies.ModelParallelStrategy}", "ModelParallelStrategy"),
     ],
 )
-def test_strategies_that_shard_weights_are_refused_before_anything_starts(tmp_path, pipelines, strategy, name):
+def test_other_strategies_that_shard_weights_are_refused_before_anything_starts(tmp_path, pipelines, strategy, name):
     config = tmp_path / "run.yaml"
     config.write_text(CONFIG.format(pipelines=pipelines, shards=tmp_path, strategy=strategy, devices=2, batch_size=1))
-    with pytest.raises(ConfigError, match=f"trainer.strategy {name} is not supported: .* use ddp"):
+    with pytest.raises(ConfigError, match=f"trainer.strategy {name} is not supported: .* use ddp, or fsdp2"):
         run.main(["--config", str(config), "--run_dir", str(tmp_path / "run")])

@@ -23,12 +23,14 @@ class DiffusionPolicy(nn.Module, ABC):
         latent_channels: c.
         downscale: pixels a latent cell, along one side.
         image_size: side of the pictures it makes, in pixels, unless told otherwise.
+        blocks: classes of the denoiser's repeating blocks: what is gathered at a time where weights are sharded.
     """
 
     schedule: NoiseSchedule
     latent_channels: int
     downscale: int
     image_size: int
+    blocks: tuple[type[nn.Module], ...] = ()
 
     @property
     @abstractmethod

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -54,6 +56,8 @@ class StableDiffusion(DiffusionPolicy):
     # diffusers hides its classes behind a lazy module whose stand-ins the type checker would see.
     unet: Any
     vae: Any
+
+    blocks = (BasicTransformerBlock, ResnetBlock2D)
 
     def __init__(
         self,

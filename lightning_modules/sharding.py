@@ -1,0 +1,211 @@
+"""``trainer.strategy: fsdp2``: the denoiser's weights, gradients and moments, shared out over the processes (FSDP2).
+
+With DDP every process holds all of them, and they are the most of what a training holds. Here it holds its part of
+each weight of the denoiser, and of the reference's frozen copy. The weights of a block are gathered when it computes
+and freed afterwards; gradients are added up straight into the parts. VAE, text encoders and rewards stay whole: they
+are small, frozen, and asked by one process at a time.
+
+Processes draw pictures, sample pools and export each for itself. They do so within ``whole``, which gathers the
+networks once and lets them go at its end; it takes the room of whole weights, not that of gradients and moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from lightning_modules.errors import ConfigError
+
+
+@runtime_checkable
+class Shardable(Protocol):
+    """A LightningModule that knows which of its networks are large."""
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """``shard`` them over the processes of a one-dimensional mesh. Called once, on every process."""
+
+
+def shard(network: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceMesh) -> None:
+    """Leave this process its part of every weight of the network.
+
+    Weights are gathered in the type they have and gradients added up in theirs: autocast rounds what it rounds
+    without sharding, and no more.
+
+    Args:
+        network: the one that is called; its weights are the same in all processes.
+        blocks: classes of the parts whose weights are gathered and freed on their own.
+        mesh: the processes, in one dimension.
+    """
+    if isinstance(network, FSDPModule):
+        return
+    parts = [part for part in network.modules() if isinstance(part, blocks) and part is not network]
+    for part in (*reversed(parts), network):  # what lies within another one first
+        # Also what is in no block: between passes a network then has its parts, and no gathered weights.
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    trains = any(parameter.requires_grad for parameter in network.parameters())
+    if not trains and hasattr(network, "reset_iter_state"):  # some 50 bytes a block and pass; older torch has no way
+        network.register_forward_hook(_forget_pass)
+
+
+def _forget_pass(network: Any, args: Any, output: Any) -> None:
+    """torch notes each pass until the backward that goes with it, which a network that never trains has none of."""
+    if isinstance(network, FSDPModule):  # not so within ``whole``
+        network.reset_iter_state()
+
+
+@contextmanager
+def whole(*networks: nn.Module) -> Iterator[None]:
+    """Within it sharded networks are what they were before: modules of their own classes, with all of their weights.
+
+    All processes must enter it together; what they do within it, and how often, is their own affair. Weights must not
+    be changed. Networks that are not sharded are left alone.
+    """
+    with ExitStack() as former:
+        for part in [part for network in networks for part in network.modules()]:
+            if isinstance(part, FSDPModule):
+                former.callback(setattr, part, "__class__", type(part))
+                part.__class__ = type(part).__mro__[2]  # sharded class, FSDPModule, its own
+            for hooks in (part._forward_pre_hooks, part._forward_hooks, part._state_dict_pre_hooks):
+                _lay_aside(hooks, former)
+            for name, parameter in part.named_parameters(recurse=False):
+                if isinstance(parameter, DTensor):
+                    former.callback(part._parameters.__setitem__, name, parameter)
+                    gathered = nn.Parameter(whole_tensor(parameter), requires_grad=parameter.requires_grad)
+                    part._parameters[name] = gathered
+        yield
+
+
+def _lay_aside(hooks: dict[int, Any], former: ExitStack) -> None:
+    """Take out torch's own, which would gather and share out; back they go before all others, where they were."""
+    aside = {key: hook for key, hook in hooks.items() if hook.__module__.startswith("torch.distributed.fsdp.")}
+    for key in aside:
+        del hooks[key]
+
+    def restore() -> None:
+        others = dict(hooks)
+        hooks.clear()
+        hooks.update(aside | others)
+
+    if aside:
+        former.callback(restore)
+
+
+def whole_tensor(value: Tensor) -> Tensor:
+    """All of a tensor, gathered if it is sharded; then all processes must call it."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+
+
+@StrategyRegistry.register("fsdp2", description="The denoiser shared out over the processes")
+class FullyShardedStrategy(ModelParallelStrategy):
+    """Lightning's ``ModelParallelStrategy`` for data-parallel training with ``shard``; ``fsdp2`` for short.
+
+    A checkpoint is one file of whole trained weights and moments, as without sharding: a run may go on under another
+    strategy or with another number of processes. Other jobs than fit shard nothing.
+
+    Args:
+        process_group_backend: of torch.distributed; None takes nccl on GPUs, gloo on CPUs.
+        timeout: after which a collective call that others don't join fails.
+
+    Raises:
+        ConfigError: the training needs whole weights, or trains others than those of large networks.
+    """
+
+    def __init__(
+        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
+        )
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    # One whole checkpoint, restored before anything is sharded: as strategies do that shard nothing.
+
+    save_checkpoint = ParallelStrategy.save_checkpoint
+    load_checkpoint = ParallelStrategy.load_checkpoint
+    load_model_state_dict = ParallelStrategy.load_model_state_dict
+    restore_checkpoint_after_setup = False
+    lightning_restore_optimizer = True
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check()
+            self._shard(trainer)
+        # Not ModelParallelStrategy's, which wants the sharding in configure_model, before a checkpoint is restored.
+        ParallelStrategy.setup(self, trainer)
+
+    def _check(self) -> None:
+        refused = None
+        if not isinstance(self.lightning_module, Shardable):
+            refused = f"{type(self.lightning_module).__name__} has no network to share out"
+        elif getattr(self.lightning_module, "ema", None) is not None:
+            refused = "model.ema averages whole weights; leave it out"
+        elif getattr(self.precision_plugin, "scaler", None) is not None:
+            refused = "ModelParallelStrategy knows no 16-mixed; take bf16-mixed"
+        if refused is not None:
+            raise ConfigError(f"trainer.strategy fsdp2: {refused}, or use ddp")
+
+    def _shard(self, trainer: pl.Trainer) -> None:
+        module = self.lightning_module
+        assert isinstance(module, Shardable)
+        module.shard(self.device_mesh["data_parallel"])
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
+                raise ConfigError(
+                    f"trainer.strategy fsdp2 shares out the denoiser, and {name} trains too; train the denoiser alone, "
+                    "or use ddp"
+                )
+        # A network that is first asked in a validation would keep inference tensors, which cannot be trained with.
+        trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights under training, whole, on the first process; all must call it."""
+        assert self.lightning_module is not None
+        trained = {name: value for name, value in self.lightning_module.named_parameters() if value.requires_grad}
+        return self._collected(trained)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Likewise, its moments."""
+        return self._collected(ParallelStrategy.optimizer_state(self, optimizer))
+
+    def _collected(self, tree: dict[str, Any]) -> dict[str, Any]:
+        def collect(value: Tensor) -> Tensor | None:
+            gathered = whole_tensor(value)
+            return gathered.cpu() if self.is_global_zero else None
+
+        found = apply_to_collection(tree, Tensor, collect)
+        return found if self.is_global_zero else {}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Of each moment this process's part."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
+            numbers = [number for group in state["param_groups"] for number in group["params"]]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parts = {
+                number: {key: _part_like(value, parameter) for key, value in state["state"][number].items()}
+                for number, parameter in zip(numbers, parameters)
+                if number in state["state"]
+            }
+            optimizer.load_state_dict({**state, "state": parts})
+
+
+def _part_like(value: Any, parameter: Tensor) -> Any:
+    """Of a tensor of the parameter's shape the same part; anything else, such as a count of steps, is for all."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,253 @@
+"""Two processes that share out the denoiser learn, draw, export and go on as two do that hold it whole."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from kill_harness import Harness, Order
+from pairs_data import write_shards
+from safetensors.torch import load_file
+from test_kills import differences, final, losses
+
+STEPS = 4
+QUICK = {"class_path": "Sampler", "init_args": {"steps": 2, "guidance_scale": 2.0}}
+LORA = {
+    "adaptation": {"class_path": "LoRA", "init_args": {"rank": 3}},  # of which no two processes have equal parts
+    "reference": {"class_path": "AdapterOff"},
+}
+FULL = {"adaptation": {"class_path": "FullFineTuning"}, "reference": {"class_path": "FrozenCopy"}}
+
+
+def tree(pipelines: Path, shards: Path, adaptation: Any, reference: Any) -> dict[str, Any]:
+    """Settings of a run of DPO on pictures."""
+    policy = {"pretrained": str(pipelines / "tiny-sd15"), "adaptation": adaptation}
+    return {
+        "seed_everything": 7,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": STEPS,
+            "log_every_n_steps": 1,
+            "limit_val_batches": 1,
+            "val_check_interval": 2,
+            "num_sanity_val_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "gradient_clip_val": 0.05,
+            "callbacks": [
+                {"class_path": "RunCheckpoint", "init_args": {"every_n_steps": 2}},
+                {"class_path": "ExportPolicy", "init_args": {"keep": -1}},
+                {"class_path": "Cost"},
+                {"class_path": "sharding_probe.Held"},
+            ],
+        },
+        "model": {
+            "class_path": "AlignmentModule",
+            "init_args": {
+                "policy": {"class_path": "StableDiffusion", "init_args": policy},
+                "objective": {"class_path": "DPO", "init_args": {"beta": 100.0}},
+                "reference": reference,
+                # An epsilon of the gradients' size: rounding is not to decide on directions.
+                "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-2, "eps": 1e-3}},
+                "caption_dropout": 0.3,
+                "seed": 7,
+            },
+        },
+        "data": {
+            "class_path": "PreferencePairsDataModule",
+            "init_args": {
+                "shards": str(shards), "val_shards": str(shards), "batch_size": 1, "resolution": 32, "seed": 7,
+            },
+        },
+    }  # fmt: skip
+
+
+def pictures(prompts: int, pipelines: Path) -> list[dict[str, Any]]:
+    """Callbacks that draw: not equally many pictures a process if ``prompts`` is odd."""
+    drawn = {"prompts": ["one", "two", "three"][:prompts], "sampler": QUICK, "batch_size": 1}
+    score = {
+        "class_path": "PickScore",
+        "init_args": {"pretrained": str(pipelines / "tiny-pickscore"), "processor": None},
+    }
+    return [
+        {"class_path": "WinRate", "init_args": {**drawn, "rewards": [score]}},
+        {"class_path": "SampleGrid", "init_args": {**drawn, "every_n_steps": 2}},
+    ]
+
+
+@dataclass(frozen=True)
+class World:
+    """Where runs are made, by a server that has imported everything."""
+
+    harness: Harness
+    folder: Path
+    pipelines: Path
+    shards: Path
+
+    def order(self, name: str, settings: dict[str, Any], strategy: str, *words: str) -> Order:
+        """A run in two processes that hold one pair a batch each, or in one (``auto``) that holds both."""
+        ranks = 1 if strategy == "auto" else 2
+        data = settings["data"]["init_args"]
+        data = data | {"batch_size": 2 // ranks}
+        settings = settings | {
+            "trainer": settings["trainer"] | {"strategy": strategy, "devices": ranks},
+            "data": settings["data"] | {"init_args": data},
+        }
+        config = self.folder / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        words = ("--config", str(config), "--run_dir", str(self.folder / name), *words)
+        return Order(words, str(self.folder / f"{name}.log"), str(self.folder / name), ranks=ranks)
+
+    def run(self, order: Order) -> Path:
+        outcome = self.harness.run(order)
+        assert list(outcome.codes) == [0] * order.ranks, f"{outcome}\n{Path(order.log).read_text()[-6000:]}"
+        return Path(order.run_dir)
+
+    def train(self, name: str, settings: dict[str, Any], strategy: str, *words: str) -> Path:
+        return self.run(self.order(name, settings, strategy, *words))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, pipelines):
+    folder = tmp_path_factory.mktemp("sharding")
+    shards = write_shards(folder / "shards", [7, 6])
+    with Harness() as harness:
+        yield World(harness, folder, pipelines, shards)
+
+
+@pytest.fixture(scope="module")
+def lora(world):
+    """LoRA with AdapterOff and pictures, in one process, in two, and in two that share out the UNet."""
+    settings = tree(world.pipelines, world.shards, **LORA)
+    settings["trainer"]["callbacks"] += pictures(3, world.pipelines)
+    return {name: world.train(f"lora-{name}", settings, name) for name in ("auto", "ddp", "fsdp2")}
+
+
+@pytest.fixture(scope="module")
+def full_settings(world):
+    settings = tree(world.pipelines, world.shards, **FULL)
+    settings["trainer"]["accumulate_grad_batches"] = 2
+    settings["model"]["init_args"]["policy"]["init_args"]["gradient_checkpointing"] = True
+    return settings
+
+
+@pytest.fixture(scope="module")
+def full(world, full_settings):
+    """Full fine-tuning with FrozenCopy, accumulation and gradient checkpointing, likewise."""
+    return {name: world.train(f"full-{name}", full_settings, name) for name in ("ddp", "fsdp2")}
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = final(run_dir)["state_dict"]
+    return found
+
+
+def assert_close(run_dir: Path, other: Path) -> None:
+    """Weights, moments and losses differ by rounding alone."""
+    one, two = final(run_dir), final(other)
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    assert one["global_step"] == two["global_step"] == STEPS
+    torch.testing.assert_close(one["state_dict"], two["state_dict"], rtol=0, atol=2e-6)
+    torch.testing.assert_close(one["optimizer_states"], two["optimizer_states"], rtol=1e-3, atol=1e-6)
+    assert list(losses(run_dir).values()) == pytest.approx(list(losses(other).values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("other", ["auto", "ddp"])
+def test_lora_learns_what_unsharded_processes_learn(lora, other):
+    assert_close(lora["fsdp2"], lora[other])
+    assert max(value.abs().max() for name, value in weights(lora["fsdp2"]).items() if "lora_B" in name) > 1e-3
+
+
+def test_full_fine_tuning_learns_what_unsharded_processes_learn(full):
+    assert_close(full["fsdp2"], full["ddp"])
+
+
+def test_each_process_holds_its_part(lora, full):
+    for run_dir, networks in ((lora["fsdp2"], 1), (full["fsdp2"], 2)):
+        ranks = [json.loads((run_dir / f"held-{rank}.json").read_text()) for rank in (0, 1)]
+        for what in [f"weights {n}" for n in range(networks)] + ["gradients", "moments"]:
+            here, total = [rank[what]["here"] for rank in ranks], ranks[0][what]["all"]
+            assert sum(here) == total
+            assert max(here) < (0.51 if what.startswith("weights") else 0.6) * total  # three rows make parts of 2 and 1
+            assert ranks[0][what]["shared"] == ranks[0][what]["tensors"] > 0
+    unsharded = json.loads((full["ddp"] / "held-1.json").read_text())
+    assert unsharded["moments"] == {"here": total, "all": total, "tensors": ranks[0]["moments"]["tensors"], "shared": 0}
+
+
+def test_processes_draw_and_judge_though_not_equally_often(lora):
+    """Three prompts for two processes: one draws twice, with no one to gather weights with."""
+    one, two = (json.loads((lora[name] / "win_rate.json").read_text()) for name in ("auto", "fsdp2"))
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two] == [2, 4]
+    assert two[-1]["policy"]["pickscore"]["mean"] == pytest.approx(one[-1]["policy"]["pickscore"]["mean"], abs=1e-3)
+    assert two[-1]["reference"]["pickscore"] == pytest.approx(one[-1]["reference"]["pickscore"], abs=1e-4)
+    drawn = [sorted(path.name for path in (lora[name] / "samples").iterdir()) for name in ("auto", "fsdp2")]
+    assert drawn[0] == drawn[1] != []
+
+
+def test_costs_are_counted_as_without_sharding(lora):
+    one, two = (json.loads((lora[name] / "cost.json").read_text())[-1] for name in ("auto", "fsdp2"))
+    for name in ("pairs", "data_pictures", "training_denoiser_rows", "sampling_denoiser_rows"):
+        assert two[name] == one[name]
+
+
+def test_plain_diffusers_reads_the_exports(lora, full, pipelines):
+    exports = [lora[name] / "export" / f"step={STEPS:07d}" for name in ("auto", "fsdp2")]
+    one, two = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in exports)
+    torch.testing.assert_close(one, two, rtol=0, atol=2e-6)
+    pipeline = StableDiffusionPipeline.from_pretrained(pipelines / "tiny-sd15", safety_checker=None)
+    pipeline.load_lora_weights(exports[1])
+    unet = UNet2DConditionModel.from_pretrained(full["fsdp2"] / "export" / f"step={STEPS:07d}" / "unet")
+    expected = weights(full["fsdp2"])
+    assert all(torch.equal(value, expected[f"policy.unet.{name}"]) for name, value in unet.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------- going on
+
+
+def same(run_dir: Path, whole: Path) -> bool:
+    return differences(final(run_dir), final(whole)) == []
+
+
+def middle(run_dir: Path) -> str:
+    return str(run_dir / "checkpoints" / "step=0000002.ckpt")
+
+
+def test_a_checkpoint_is_that_of_unsharded_processes(full):
+    one, two = (torch.load(full[name] / "checkpoints" / "last.ckpt", weights_only=True) for name in ("ddp", "fsdp2"))
+    assert one.keys() == two.keys()
+    assert one["optimizer_states"][0]["param_groups"] == two["optimizer_states"][0]["param_groups"]
+    assert {name: value.shape for name, value in one["state_dict"].items()} == {
+        name: value.shape for name, value in two["state_dict"].items()
+    }
+
+
+def test_a_run_goes_on_exactly_from_its_checkpoint(world, full, full_settings):
+    went_on = world.train("full-on", full_settings, "fsdp2", "--ckpt_path", middle(full["fsdp2"]))
+    assert same(went_on, full["fsdp2"])
+
+
+def test_a_run_stopped_by_a_signal_goes_on_exactly(world, lora):
+    settings = tree(world.pipelines, world.shards, **LORA)
+    order = world.order("lora-cut", settings, "fsdp2", "--resume=auto", "--trainer.callbacks+=kill_probe.Probe")
+    outcome = world.harness.run(replace(order, where="step", moment=(3, 1, 0), signal=int(signal.SIGTERM)))
+    assert (list(outcome.codes), outcome.hung) == ([143, 143], False), Path(order.log).read_text()[-4000:]
+    assert same(world.run(order), lora["fsdp2"])
+
+
+def test_a_run_goes_on_in_one_process_and_back(world, lora):
+    settings = tree(world.pipelines, world.shards, **LORA)
+    alone = world.train("lora-alone", settings, "auto", "--ckpt_path", middle(lora["fsdp2"]))
+    again = world.train("lora-again", settings, "fsdp2", "--ckpt_path", middle(lora["auto"]))
+    for run_dir in (alone, again):
+        assert_close_weights(run_dir, lora["ddp"])
+
+
+def assert_close_weights(run_dir: Path, other: Path) -> None:
+    torch.testing.assert_close(weights(run_dir), weights(other), rtol=0, atol=2e-6)
