@@ -49,7 +49,7 @@ class ExportPolicy(Callback):
         if self._exported_at == trainer.global_step:
             return
         folder = Path(trainer.default_root_dir) / "export"
-        with whole(module.policy.denoiser):
+        with whole(module.policy.denoiser), module.averaged():
             if trainer.is_global_zero:
                 module.policy.save_pretrained(folder / f"step={trainer.global_step:07d}")
         self._exported_at = trainer.global_step

@@ -49,11 +49,19 @@ def alignment(module: pl.LightningModule, who: str) -> AlignmentModule:
 def undisturbed(module: AlignmentModule) -> Iterator[None]:
     """Evaluate within training: no gradient, no dropout, and afterwards modes and global generators as before.
 
-    All ranks must enter it. Within it each has whole weights, to draw as many pictures as fall to it.
+    The weights are their average, where the module keeps one. All ranks must enter it. Within it each has whole
+    weights, to draw as many pictures as fall to it.
     """
     modes = [(part, part.training) for part in module.modules()]
     # Inference mode, which Lightning validates in, would poison tensors that a policy caches and later trains with.
-    with EVALUATION.running(), torch.inference_mode(False), torch.no_grad(), isolate_rng(), whole(*module.denoisers()):
+    with (
+        EVALUATION.running(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        isolate_rng(),
+        whole(*module.denoisers()),
+        module.averaged(),
+    ):
         module.eval()
         try:
             yield

@@ -8,12 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jaxtyping import Float
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_modules.errors import ConfigError, DivergenceError
 from lightning_modules.sharding import whole_tensor
+from lightning_modules.training import TrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +74,9 @@ class LossGuard(Callback):
         norm = gradient_norm(trainer, optimizer)
         faults = self._faults(trainer, [finite for _, finite in batches], norm)
         if faults == ["gradient"] and _scale(trainer) > 1:
-            self._keep_averages(trainer)  # GradScaler leaves it out, and tries a smaller scale next
+            _keep_average(pl_module)  # GradScaler leaves it out, and tries a smaller scale next
         elif faults:
+            _keep_average(pl_module)
             self._leave_out(trainer, optimizer, faults, batches)
         else:
             self.in_a_row = 0
@@ -93,7 +95,6 @@ class LossGuard(Callback):
         self, trainer: pl.Trainer, optimizer: Optimizer, faults: list[str], batches: list[tuple[list[int], Tensor]]
     ) -> None:
         _discard_gradients(trainer, optimizer)
-        self._keep_averages(trainer)
         self.skipped += 1
         self.in_a_row += 1
         reason = {
@@ -116,17 +117,17 @@ class LossGuard(Callback):
                 "checkpoint with a lower learning rate, in bf16-mixed or fp32, or without these samples"
             )
 
-    def _keep_averages(self, trainer: pl.Trainer) -> None:
-        """Weight averages are not to take in the unchanged weights a second time."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging):
-                callback._latest_update_step = trainer.global_step + 1  # it has no public way to miss a step
-
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+
+
+def _keep_average(module: pl.LightningModule) -> None:
+    """It is not to take in the unchanged weights a second time."""
+    if isinstance(module, TrainingModule) and module.ema is not None:
+        module.ema.miss_next()
 
 
 def gradient_norm(trainer: pl.Trainer, optimizer: Optimizer) -> Float[Tensor, ""]:

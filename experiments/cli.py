@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -145,6 +145,7 @@ class ExperimentCLI(LightningCLI):
             config["logger"] = TensorBoardLogger(self.run_dir, name="", version="")
         callbacks = config["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        _check_callbacks(callbacks)
         if not any(isinstance(callback, LossGuard) for callback in callbacks):
             callbacks.append(LossGuard())
         if config["enable_checkpointing"] is not False:
@@ -242,6 +243,19 @@ def _check_writable(folder: Path) -> None:
             raise ConfigError(f"run folder {folder}: {place} is no folder; give another --run_dir")
         if not os.access(place, os.W_OK | os.X_OK):
             raise ConfigError(f"run folder {folder}: {place} cannot be written to; give another --run_dir")
+
+
+def _check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
+    """
+    Raises:
+        ConfigError: one of them saves whole models, from which a run of trainable weights cannot go on.
+    """
+    for callback in callbacks:
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise ConfigError(
+                f"trainer.callbacks: {type(callback).__name__} averages frozen networks, too, and a run cannot go on "
+                "from its checkpoints; use --model.ema=ExponentialMovingAverage"
+            )
 
 
 def _check_strategy(strategy: Any) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_modules.averaging import ExponentialMovingAverage
 from lightning_modules.batches import Conditioning, LatentPairs, PreferencePairs, StepPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.learning_rates import ConstantWithWarmup
@@ -41,6 +42,8 @@ class AlignmentModule(TrainingModule):
         lr_scheduler: stepped once an optimiser step.
         caption_dropout: probability of training a pair on the empty prompt, which keeps guidance working.
         seed: the run's seed; the YAMLs set it to ``${seed_everything}``.
+        ema: an average of the trained weights. Pictures are drawn with it and it is what is exported; losses, SPO's
+            pools and ``val/loss`` are those of the weights under training.
 
     Raises:
         ConfigError: an objective that needs a reference without one; on load, a checkpoint whose trainable
@@ -56,8 +59,9 @@ class AlignmentModule(TrainingModule):
         lr_scheduler: LRSchedulerCallable = ConstantWithWarmup,
         caption_dropout: float = 0.0,
         seed: int = 0,
+        ema: ExponentialMovingAverage | None = None,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, seed)
+        super().__init__(optimizer, lr_scheduler, seed, ema)
         if objective.needs_reference and reference is None:
             raise ConfigError(
                 f"{type(objective).__name__} compares with a reference and model.reference is not set; "
