@@ -103,6 +103,7 @@ KINDS = {
             "trainer.accumulate_grad_batches": 3,
             "model.init_args.policy.init_args.adaptation": {"class_path": "FullFineTuning"},
             "model.init_args.reference": {"class_path": "FrozenCopy"},
+            "model.init_args.ema": {"class_path": "ExponentialMovingAverage", "init_args": {"decay": 0.9}},
             "model.init_args.lr_scheduler": {
                 "class_path": "CosineWithWarmup",
                 "init_args": {"total_steps": STEPS, "warmup_steps": 4},
@@ -110,6 +111,9 @@ KINDS = {
         }
     ),
     "DPO, cached latents": Kind({"data.init_args.shards": "latents"}),
+    "DPO, fsdp2, 2 processes": Kind(
+        {"trainer.devices": 2, "trainer.strategy": "fsdp2", "data.init_args.batch_size": 1}, ranks=2
+    ),
     "SPO": Kind(SPO, places=("step", "checkpoint", "sampling", "shard")),
     "preference model": Kind(
         {
