@@ -32,7 +32,7 @@ VISIBLE_WITHIN_SECONDS = 30.0
 QUANTILES = (10, 50, 90, 100)  # of the score gaps, in percent; to choose a threshold by
 # A pool's samples come in random order: reopening a shard for each would cost more than an index in memory.
 MAX_OPEN_SHARDS = 512
-_SHARE = "give a folder that all machines share as data.pools_dir"
+SHARE = "give a folder that all machines share as data.pools_dir"
 
 
 class PoolFolder:
@@ -65,6 +65,24 @@ class PoolFolder:
                 f"cannot make the pool folder {self.path} or write to it: {error.strerror or error}; "
                 "give a folder that can be written to as data.pools_dir"
             ) from error
+
+    def mark(self, name: str) -> None:
+        """Leave a file for other processes to look for.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        try:
+            (self.path / name).touch()
+        except OSError as error:
+            raise DataError(
+                f"cannot write to the pool folder {self.path}: {error.strerror or error}; make room, or give another "
+                "folder as data.pools_dir"
+            ) from error
+
+    def shows(self, name: str) -> bool:
+        """Whether a file that another process has left appears here."""
+        return _comes_true((self.path / name).exists)
 
     def missing(self) -> list[int]:
         """Chunks that nobody has finished."""
@@ -100,7 +118,7 @@ class PoolFolder:
             missing = self.missing()
             raise DataError(
                 f"{self.path}: {len(missing)} of {self.chunks} chunks (the first is {missing[0]}) that other processes "
-                f"wrote do not appear on this machine; {_SHARE}"
+                f"wrote do not appear on this machine; {SHARE}"
             )
 
     def wait_for_manifest(self) -> None:
@@ -109,7 +127,7 @@ class PoolFolder:
             DataError: the manifest that rank 0 has written does not appear here.
         """
         if not _comes_true(lambda: self.finished):
-            raise DataError(f"{self.path / MANIFEST} does not appear on this machine; {_SHARE}")
+            raise DataError(f"{self.path / MANIFEST} does not appear on this machine; {SHARE}")
 
     def complete(self, settings: Mapping[str, Any]) -> None:
         """Write the manifest, from the records of all chunks."""

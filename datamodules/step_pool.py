@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import torch
 from lightning import LightningDataModule
@@ -23,6 +25,7 @@ from datamodules.manifest import Manifest
 from datamodules.order import StoredOrder
 from datamodules.pool_folder import (
     QUANTILES,
+    SHARE,
     PoolFolder,
     collate_steps,
     digest,
@@ -454,6 +457,7 @@ class StepPoolDataModule(LightningDataModule):
         if trainer.strategy.broadcast(pool.finished):
             return name
         self._together(pool.create)
+        self._check_shared(pool)
         missing = trainer.strategy.broadcast(pool.missing())
         self._sample(pool, number, numbers, self._mine(missing))
         if self.fill is None:
@@ -462,6 +466,32 @@ class StepPoolDataModule(LightningDataModule):
         if self.fill is None:
             self._together(pool.wait_for_manifest)
         return name
+
+    def _check_shared(self, pool: PoolFolder) -> None:
+        """Rank 0 leaves a file that all others look for: before hours of sampling, not after.
+
+        Raises:
+            DataError: some of them don't see it; on every rank.
+        """
+        trainer = self._running
+        if trainer.world_size == 1:
+            return
+        name = trainer.strategy.broadcast(f".shared-{uuid4().hex}")
+        first = trainer.is_global_zero
+        try:
+            self._together(lambda: pool.mark(name) if first else None)
+            here = None if pool.shows(name) else f"{trainer.global_rank} on {socket.gethostname()}"
+            found: list[str | None] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(found, here)
+        finally:
+            if first:
+                (pool.path / name).unlink(missing_ok=True)
+        apart = [rank for rank in found if rank is not None]
+        if apart:
+            raise DataError(
+                f"the pool folder {pool.path} is not shared: what rank 0 writes there does not appear on rank "
+                f"{', '.join(apart)}; {SHARE}"
+            )
 
     def _complete(self, pool: PoolFolder, settings: dict[str, Any]) -> None:
         if self._running.is_global_zero and not pool.missing():

@@ -3,14 +3,18 @@
 import errno
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_world import make, trainer
+from torch.multiprocessing import ProcessRaisedException
 
 from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint
 from datamodules import pool_folder
@@ -354,6 +358,36 @@ def test_a_full_disk_leaves_nothing_half_written(pipelines, tmp_path, monkeypatc
         fit(pipelines, tmp_path, data())
     (pool,) = pools_in(tmp_path)
     assert list(pool.iterdir()) == []
+
+
+class OnItsOwn(StepPoolDataModule):
+    """Each rank in a working folder of its own, as on machines of their own; notes why it ended."""
+
+    def train_dataloader(self):
+        own = Path(self.trainer.default_root_dir) / str(self.trainer.global_rank)
+        own.mkdir(parents=True)
+        os.chdir(own)
+        try:
+            return super().train_dataloader()
+        except DataError as error:
+            Path("told").write_text(str(error))
+            self.trainer.strategy.barrier()  # the first process to end ends the others
+            raise
+
+
+def test_ranks_that_do_not_share_the_folder_are_told_before_they_sample(pipelines, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool_folder, "VISIBLE_WITHIN_SECONDS", 0.0)
+    pools = OnItsOwn(StepSampler(**QUICK), 2, PROMPTS, Watched(dies_at=0), pools_dir="pools")
+    with pytest.raises(ProcessRaisedException, match="DataError"):
+        fit(pipelines, tmp_path, pools, devices=2, strategy="ddp_fork")
+    told = [(tmp_path / rank / "told").read_text() for rank in "01"]
+    assert told[0] == told[1]
+    assert re.fullmatch(
+        r"the pool folder pools/pool-00000-\w+ is not shared: what rank 0 writes there does not appear on "
+        rf"rank 1 on {re.escape(socket.gethostname())}; give a folder that all machines share as data.pools_dir",
+        told[0],
+    )
+    assert not [path for rank in "01" for path in (tmp_path / rank / "pools").rglob("*") if path.is_file()]
 
 
 def test_a_folder_that_machines_do_not_share_is_named(tmp_path, monkeypatch):
