@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import beside, follow_umask
 
 
 class Adaptation(ABC):
@@ -56,15 +55,18 @@ class Adaptation(ABC):
 
     def save(self, networks: Mapping[str, nn.Module], folder: Path) -> None:
         """``write``, but never leaving a half-written file under its final name."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            self.write(networks, temporary)
+        with beside(folder) as temporary:
+            new, old = temporary / "new", temporary / "old"
+            new.mkdir()
+            old.mkdir()
+            self.write(networks, new)
+            follow_umask(new)
             folder.mkdir(exist_ok=True)
-            for entry in sorted(temporary.iterdir()):
-                _replace(entry, folder / entry.name)
-        finally:
-            shutil.rmtree(temporary)
+            for entry in sorted(new.iterdir()):
+                target = folder / entry.name
+                if target.is_dir():  # a folder cannot be renamed over a filled one
+                    target.replace(old / entry.name)
+                entry.replace(target)
 
 
 @dataclass(frozen=True)
@@ -179,14 +181,3 @@ class FullFineTuning(Adaptation):
 
     def _trained(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         return {name: network for name, network in networks.items() if name == "unet" or self.text_encoder}
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Put a file or folder in the place of another; a folder cannot be renamed over a filled one."""
-    if target.is_dir():
-        old = target.with_name(f".{target.name}-replaced")
-        target.replace(old)
-        source.replace(target)
-        shutil.rmtree(old)
-    else:
-        source.replace(target)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import beside, follow_umask
 from lightning_modules.pretrained import DTYPES, Pretrained
 from lightning_modules.rewards.base import RewardModel, StepRewardModel
 from lightning_modules.rewards.clip import ClipPreprocessing, read_tokenizer, text_embeds, tokenize
@@ -217,9 +216,7 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel):
         the published checkpoints without their ``model.``.
         """
         folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with beside(folder) as temporary:
             new, old = temporary / "new", temporary / "old"
             new.mkdir()
             weights = self.model.state_dict()
@@ -230,11 +227,10 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel):
             self.model.config.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
             self.processing.as_processor().save_pretrained(new)
+            follow_umask(new)
             if folder.is_dir():
                 folder.replace(old)
             new.replace(folder)
-        finally:
-            shutil.rmtree(temporary)
 
 
 def _plain_clip(source: Pretrained) -> Any:
