@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
@@ -150,13 +150,9 @@ class Preemption(Callback):
     ) -> None:
         self._validated += 1
         number = self._agreed(trainer) if self._validated < self._common else 0  # after the last one its end is near
-        if not number:
-            return
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, WeightAveraging):
-                callback.on_validation_epoch_end(trainer, pl_module)  # puts back the weights that are trained
-        what = f"the validation after {self._validated} of {self._common:.0f} batches"
-        self._leave(trainer, number, self._trained, what)
+        if number:
+            what = f"the validation after {self._validated} of {self._common:.0f} batches"
+            self._leave(trainer, number, self._trained, what)
 
     def give_up_if_asked(self, trainer: pl.Trainer, what: str) -> None:
         """All ranks must call it, within ``interruptible``.
