@@ -65,18 +65,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class AfterStep(Callback):
-    """Does something after a step, once. A checkpoint of that step may have been written before.
+    """Does something after a step, once. The checkpoint of that step may have been written before.
 
     Attributes:
-        unsaved: whether something was done that no checkpoint knows of.
+        unsaved: whether something was done that ``RunCheckpoint`` has not saved.
     """
 
     unsaved = False
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self.unsaved = False
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -155,8 +150,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def save_now(self, trainer: pl.Trainer) -> None:
         """Write what the run stands at, unless it is saved already; all ranks must call it."""
-        done_since = any(isinstance(callback, AfterStep) and callback.unsaved for callback in callbacks_of(trainer))
-        if done_since and trainer.global_step > 0:
+        later = [callback for callback in callbacks_of(trainer) if isinstance(callback, AfterStep)]
+        if trainer.global_step > 0 and any(callback.unsaved for callback in later):
             self._last_global_step_saved = -1
         if self._should_skip_saving_checkpoint(trainer):
             return
@@ -165,6 +160,8 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
         self._save_last_checkpoint(trainer, candidates)
         self._saved_at = time.monotonic()
+        for callback in later:
+            callback.unsaved = False
         if trainer.is_global_zero:
             self._clear_away(trainer)
 
@@ -268,6 +265,9 @@ class ExactResume(AfterStep):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._loops is not None and pl_module.automatic_optimization:
+            # By which loggers are told the step. Going on from a rewound place, Lightning may count a step twice.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         self._validation_due, self._loops = False, None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -300,7 +300,6 @@ class ExactResume(AfterStep):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._loops is None:
             self._set_right(trainer, checkpoint["loops"]["fit_loop"])
             self._loops = checkpoint["loops"]["fit_loop"]

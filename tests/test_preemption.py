@@ -203,6 +203,30 @@ class Keeps(Callback):
         self.target.validations = list(pl_module.validations)
 
 
+class LogSteps(Callback):
+    """The step that loggers are told, by batches trained on."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        loop = trainer.fit_loop.epoch_loop
+        self.seen[loop.batch_progress.total.processed] = loop._batches_that_stepped
+
+
+# In the window after a validation, and in the first of an epoch.
+@pytest.mark.parametrize("batch", [6, 7, 10])
+def test_loggers_are_told_the_same_steps_after_a_rewind(tmp_path, batch):
+    options = {"val_check_interval": 6, "steps": 8}
+    whole, resumed = LogSteps(), LogSteps()
+    validated(tmp_path / "whole", whole, **options)
+    with pytest.raises(SystemExit):
+        validated(tmp_path, Sends(batch, TERM), **options)
+    validated(tmp_path, resumed, resume=True, **options)
+    assert resumed.seen == {n: step for n, step in whole.seen.items() if n in resumed.seen}
+    assert len(resumed.seen) >= 10
+
+
 def test_a_validation_that_is_made_up_for_can_be_cut_short_too(tmp_path):
     whole = validated(tmp_path / "whole", val_check_interval=1.0, steps=8)
     for _ in range(2):
