@@ -173,6 +173,17 @@ class FullyShardedStrategy(ModelParallelStrategy):
         # A network that is first asked in a validation would keep inference tensors, which cannot be trained with.
         trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
 
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().optimizer_step(optimizer, *args, **kwargs)
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" not in str(error):
+                raise
+            raise ConfigError(
+                f"trainer.strategy fsdp2: {type(optimizer).__name__} computes with whole weights; take "
+                "torch.optim.AdamW, or use ddp"
+            ) from error
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The weights under training, whole, on the first process; all must call it."""
         assert self.lightning_module is not None

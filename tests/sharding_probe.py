@@ -20,9 +20,9 @@ class Held(Callback):
 
     gradients = None
 
-    def on_before_zero_grad(self, trainer, module, optimizer):
+    def on_before_optimizer_step(self, trainer, module, optimizer):
         found = [p.grad for network in module.denoisers() for p in network.parameters() if p.grad is not None]
-        self.gradients = held(found) if found else self.gradients
+        self.gradients = held(found)
 
     def on_train_end(self, trainer, module):
         found = {f"weights {n}": held(network.parameters()) for n, network in enumerate(module.denoisers())}

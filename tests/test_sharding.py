@@ -13,9 +13,23 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from kill_harness import Harness, Order
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
 from pairs_data import write_shards
 from safetensors.torch import load_file
-from test_kills import differences, final, losses
+from test_kills import SPO, differences, final, losses
+from test_loss_guard import batches, state
+from tiny_world import make, trainer
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.optimization import Adafactor
+
+from callbacks.loss_guard import LossGuard
+from lightning_modules.averaging import ExponentialMovingAverage
+from lightning_modules.errors import ConfigError
+from lightning_modules.policies.adaptation import FullFineTuning, LoRA
+from lightning_modules.references import AdapterOff, FrozenCopy
+from lightning_modules.sharding import FullyShardedStrategy, whole, whole_tensor
 
 STEPS = 4
 QUICK = {"class_path": "Sampler", "init_args": {"steps": 2, "guidance_scale": 2.0}}
@@ -211,8 +225,8 @@ def test_plain_diffusers_reads_the_exports(lora, full, pipelines):
 # ------------------------------------------------------------------------------------------- going on
 
 
-def same(run_dir: Path, whole: Path) -> bool:
-    return differences(final(run_dir), final(whole)) == []
+def assert_same(run_dir: Path, whole: Path) -> None:
+    assert differences(final(run_dir), final(whole)) == []
 
 
 def middle(run_dir: Path) -> str:
@@ -230,15 +244,15 @@ def test_a_checkpoint_is_that_of_unsharded_processes(full):
 
 def test_a_run_goes_on_exactly_from_its_checkpoint(world, full, full_settings):
     went_on = world.train("full-on", full_settings, "fsdp2", "--ckpt_path", middle(full["fsdp2"]))
-    assert same(went_on, full["fsdp2"])
+    assert_same(went_on, full["fsdp2"])
 
 
 def test_a_run_stopped_by_a_signal_goes_on_exactly(world, lora):
     settings = tree(world.pipelines, world.shards, **LORA)
     order = world.order("lora-cut", settings, "fsdp2", "--resume=auto", "--trainer.callbacks+=kill_probe.Probe")
-    outcome = world.harness.run(replace(order, where="step", moment=(3, 1, 0), signal=int(signal.SIGTERM)))
+    outcome = world.harness.run(replace(order, where="step", moment=(2, 1, 0), signal=int(signal.SIGTERM)))
     assert (list(outcome.codes), outcome.hung) == ([143, 143], False), Path(order.log).read_text()[-4000:]
-    assert same(world.run(order), lora["fsdp2"])
+    assert_same(world.run(order), lora["fsdp2"])
 
 
 def test_a_run_goes_on_in_one_process_and_back(world, lora):
@@ -251,3 +265,124 @@ def test_a_run_goes_on_in_one_process_and_back(world, lora):
 
 def assert_close_weights(run_dir: Path, other: Path) -> None:
     torch.testing.assert_close(weights(run_dir), weights(other), rtol=0, atol=2e-6)
+
+
+# ------------------------------------------------------------------------------------------- SPO
+
+
+@pytest.fixture(scope="module")
+def spo_settings(world):
+    """Pools of one prompt: the second process samples nothing while the first samples."""
+    settings = tree(world.pipelines, world.shards, **LORA)
+    objective, data = SPO["model.init_args.objective"], SPO["data"]
+    pools = {"prompts_per_pool": 1, "prompts_per_batch": 1, "keep_pools": True}
+    settings["trainer"] |= {"reload_dataloaders_every_n_epochs": 1, "limit_val_batches": 0}
+    settings["model"]["init_args"] |= {"objective": objective}
+    settings["data"] = {**data, "init_args": {**data["init_args"], **pools}}
+    return settings
+
+
+@pytest.fixture(scope="module")
+def spo(world, spo_settings):
+    return {name: world.train(f"spo-{name}", spo_settings, name) for name in ("ddp", "fsdp2")}
+
+
+def test_spo_learns_what_unsharded_processes_learn(spo):
+    assert_close(spo["fsdp2"], spo["ddp"])
+    first = [min(path.name for path in (spo[name] / "pools").iterdir()) for name in ("ddp", "fsdp2")]
+    assert first[0] == first[1]  # the name has a hash of the weights
+
+
+def test_spo_stopped_within_sampling_goes_on_exactly(world, spo, spo_settings):
+    order = world.order("spo-cut", spo_settings, "fsdp2", "--resume=auto", "--trainer.callbacks+=kill_probe.Probe")
+    outcome = world.harness.run(replace(order, where="sampling", moment=(2, 0, 0), signal=int(signal.SIGTERM)))
+    assert (outcome.hit, outcome.hung) == ("sampling", False), Path(order.log).read_text()[-4000:]
+    assert_same(world.run(order), spo["fsdp2"])
+
+
+# ------------------------------------------------------------------------------------------- in this process
+
+
+@pytest.fixture
+def fit_alone(monkeypatch, tmp_path):
+    """Fits with ``fsdp2`` in this process alone, and leaves nothing of it behind."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def fit(module, data, *callbacks, **options):
+        running = trainer(tmp_path, *callbacks, strategy=FullyShardedStrategy(), devices=1, max_epochs=1, **options)
+        running.fit(module, data)
+        return running
+
+    yield fit
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_a_step_left_out_leaves_no_trace(pipelines, fit_alone):
+    spoiled, without = (make(pipelines, LoRA(), AdapterOff()) for _ in range(2))
+    guard = LossGuard()
+    one = fit_alone(spoiled, batches(0, 1, 2, spoiled=2), guard)
+    two = fit_alone(without, batches(0, 2), LossGuard())
+    assert (guard.skipped, one.global_step, two.global_step) == (1, 3, 2)
+    assert all(torch.equal(whole_tensor(a), whole_tensor(b)) for a, b in zip(state(spoiled, one), state(without, two)))
+
+
+def test_within_whole_a_network_is_what_it_was(pipelines, fit_alone):
+    module, plain = (make(pipelines, FullFineTuning(), FrozenCopy()) for _ in range(2))
+    fit_alone(module, batches(0))
+    names = [type(part) for part in module.policy.unet.modules()]
+    assert isinstance(module.policy.unet, FSDPModule)
+    with whole(*module.denoisers()), whole(module.policy.unet):
+        assert [type(part) for part in module.policy.unet.modules()] == [
+            type(part) for part in plain.policy.unet.modules()
+        ]
+        for network in module.denoisers():
+            assert not any(isinstance(value, DTensor) for value in network.state_dict().values())
+            assert not any(isinstance(value, DTensor) for value in network.parameters())
+    assert [type(part) for part in module.policy.unet.modules()] == names
+    assert all(isinstance(value, DTensor) for network in module.denoisers() for value in network.parameters())
+
+
+class Other(LightningModule):
+    """Knows no network to share out."""
+
+    def training_step(self, batch, batch_idx):
+        return None
+
+    def configure_optimizers(self):
+        return None
+
+
+def with_adafactor(folder):
+    module = make(folder, LoRA(), AdapterOff())
+    module.make_optimizer = lambda parameters: Adafactor(parameters, lr=1e-3, relative_step=False)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (lambda folder: Other(), {}, "Other has no network to share out, or use ddp"),
+        (
+            lambda folder: make(folder, FullFineTuning(text_encoder=True), FrozenCopy()),
+            {},
+            "shares out the denoiser, and policy.text_encoder.* trains too; .* or use ddp",
+        ),
+        (
+            lambda folder: make(folder, LoRA(), AdapterOff(), ema=ExponentialMovingAverage()),
+            {},
+            "model.ema averages whole weights; leave it out, or use ddp",
+        ),
+        (
+            lambda folder: make(folder, LoRA(), AdapterOff()),
+            {"plugins": MixedPrecision("16-mixed", "cpu")},
+            "knows no 16-mixed; take bf16-mixed, or use ddp",
+        ),
+        (with_adafactor, {}, "Adafactor computes with whole weights; take torch.optim.AdamW, or use ddp"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_in_one_line(pipelines, fit_alone, module, options, message):
+    with pytest.raises(ConfigError, match=message):
+        fit_alone(module(pipelines), batches(0), **options)
