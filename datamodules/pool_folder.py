@@ -61,10 +61,7 @@ class PoolFolder:
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as error:
-            raise DataError(
-                f"cannot make the pool folder {self.path} or write to it: {error.strerror or error}; "
-                "give a folder that can be written to as data.pools_dir"
-            ) from error
+            raise self._unwritable(error) from error
 
     def mark(self, name: str) -> None:
         """Leave a file for other processes to look for.
@@ -75,10 +72,13 @@ class PoolFolder:
         try:
             (self.path / name).touch()
         except OSError as error:
-            raise DataError(
-                f"cannot write to the pool folder {self.path}: {error.strerror or error}; make room, or give another "
-                "folder as data.pools_dir"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(
+            f"cannot make the pool folder {self.path} or write to it: {error.strerror or error}; "
+            "give a folder that can be written to as data.pools_dir"
+        )
 
     def shows(self, name: str) -> bool:
         """Whether a file that another process has left appears here."""

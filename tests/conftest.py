@@ -1,6 +1,7 @@
 """Shapes in signatures are checked while the tests run; no test reaches the network."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +37,15 @@ TESTS = Path(__file__).parent
 def one_thread():
     """Tests run side by side on few cores; and fp32 sums don't depend on the number of threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def handlers():
+    """No signal handler of a run outlives it."""
+    numbers = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.fixture(scope="session")

@@ -22,15 +22,10 @@ from lightning_modules.rewards.base import RewardModel
 
 TERM = signal.SIGTERM
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """No handler of a run outlives it."""
-    before = [signal.getsignal(number) for number in SIGNALS]
-    yield
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning"),
+    pytest.mark.usefixtures("handlers"),
+]
 
 
 class Brightness(RewardModel):

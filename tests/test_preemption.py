@@ -15,7 +15,7 @@ from tiny_world import make, trainer
 from torch.multiprocessing import ProcessExitedException
 
 from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint, newest_checkpoint
-from callbacks.preemption import SIGNALS, Preemption, requeue
+from callbacks.preemption import Preemption, requeue
 from datamodules.step_pool import StepPoolDataModule
 from lightning_modules.errors import DataError
 from lightning_modules.objectives.spo import SPO
@@ -25,15 +25,10 @@ from lightning_modules.step_scoring import RandomScorer
 
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """No handler of a run outlives it."""
-    before = [signal.getsignal(number) for number in SIGNALS]
-    yield
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning"),
+    pytest.mark.usefixtures("handlers"),
+]
 
 
 def run(folder, *callbacks, **options):
