@@ -152,13 +152,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def _check(self) -> None:
         refused = None
         if not isinstance(self.lightning_module, Shardable):
-            refused = f"{type(self.lightning_module).__name__} has no network to share out"
+            refused = f"{type(self.lightning_module).__name__} has no large network to share out; use ddp"
         elif getattr(self.lightning_module, "ema", None) is not None:
-            refused = "model.ema averages whole weights; leave it out"
+            refused = "model.ema averages whole weights; leave it out, or use ddp"
         elif getattr(self.precision_plugin, "scaler", None) is not None:
-            refused = "ModelParallelStrategy knows no 16-mixed; take bf16-mixed"
+            refused = "ModelParallelStrategy knows no 16-mixed; take bf16-mixed, or use ddp"
         if refused is not None:
-            raise ConfigError(f"trainer.strategy fsdp2: {refused}, or use ddp")
+            raise ConfigError(f"trainer.strategy fsdp2: {refused}")
 
     def _shard(self, trainer: pl.Trainer) -> None:
         module = self.lightning_module
@@ -167,8 +167,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and not isinstance(parameter, DTensor):
                 raise ConfigError(
-                    f"trainer.strategy fsdp2 shares out the denoiser, and {name} trains too; train the denoiser alone, "
-                    "or use ddp"
+                    f"trainer.strategy fsdp2: it shares out the denoiser, and {name} trains too; train the denoiser "
+                    "alone, or use ddp"
                 )
         # A network that is first asked in a validation would keep inference tensors, which cannot be trained with.
         trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
@@ -177,7 +177,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         try:
             return super().optimizer_step(optimizer, *args, **kwargs)
         except RuntimeError as error:
-            if "mixed torch.Tensor and DTensor" not in str(error):
+            if "DTensor" not in str(error) and "placement" not in str(error):
                 raise
             raise ConfigError(
                 f"trainer.strategy fsdp2: {type(optimizer).__name__} computes with whole weights; take "

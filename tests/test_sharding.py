@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def pictures(prompts: int, pipelines: Path) -> list[dict[str, Any]]:
         "init_args": {"pretrained": str(pipelines / "tiny-pickscore"), "processor": None},
     }
     return [
-        {"class_path": "WinRate", "init_args": {**drawn, "rewards": [score]}},
+        {"class_path": "WinRate", "init_args": {**drawn, "rewards": [score], "test_prompts": drawn["prompts"]}},
         {"class_path": "SampleGrid", "init_args": {**drawn, "every_n_steps": 2}},
     ]
 
@@ -198,11 +199,22 @@ def test_each_process_holds_its_part(lora, full):
 def test_processes_draw_and_judge_though_not_equally_often(lora):
     """Three prompts for two processes: one draws twice, with no one to gather weights with."""
     one, two = (json.loads((lora[name] / "win_rate.json").read_text()) for name in ("auto", "fsdp2"))
-    assert [entry["step"] for entry in one] == [entry["step"] for entry in two] == [2, 4]
-    assert two[-1]["policy"]["pickscore"]["mean"] == pytest.approx(one[-1]["policy"]["pickscore"]["mean"], abs=1e-3)
-    assert two[-1]["reference"]["pickscore"] == pytest.approx(one[-1]["reference"]["pickscore"], abs=1e-4)
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two[:2]] == [2, STEPS]
+    assert two[1]["policy"]["pickscore"]["mean"] == pytest.approx(one[1]["policy"]["pickscore"]["mean"], abs=1e-3)
+    assert two[1]["reference"]["pickscore"] == pytest.approx(one[1]["reference"]["pickscore"], abs=1e-4)
     drawn = [sorted(path.name for path in (lora[name] / "samples").iterdir()) for name in ("auto", "fsdp2")]
     assert drawn[0] == drawn[1] != []
+
+
+def test_a_checkpoint_is_tested(world, lora):
+    """Jobs other than fit share out nothing."""
+    config, log = world.folder / "lora-fsdp2.yaml", world.folder / "test.log"
+    words = ["test", "--config", str(config), "--run_dir", str(lora["fsdp2"])]
+    world.run(Order(words, str(log), str(lora["fsdp2"]), ranks=2))
+    judged = json.loads((lora["fsdp2"] / "win_rate.json").read_text())
+    assert [(entry["split"], entry["step"]) for entry in judged] == [("val", 2), ("val", STEPS), ("test", STEPS)]
+    means = [entry["policy"]["pickscore"]["mean"] for entry in judged]
+    assert means[2] == pytest.approx(means[1], abs=1e-4)  # the prompts are the same
 
 
 def test_costs_are_counted_as_without_sharding(lora):
@@ -355,16 +367,16 @@ class Other(LightningModule):
         return None
 
 
-def with_adafactor(folder):
+def with_optimizer(folder, optimizer):
     module = make(folder, LoRA(), AdapterOff())
-    module.make_optimizer = lambda parameters: Adafactor(parameters, lr=1e-3, relative_step=False)
+    module.make_optimizer = optimizer
     return module
 
 
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        (lambda folder: Other(), {}, "Other has no network to share out, or use ddp"),
+        (lambda folder: Other(), {}, "Other has no large network to share out; use ddp"),
         (
             lambda folder: make(folder, FullFineTuning(text_encoder=True), FrozenCopy()),
             {},
@@ -380,7 +392,12 @@ def with_adafactor(folder):
             {"plugins": MixedPrecision("16-mixed", "cpu")},
             "knows no 16-mixed; take bf16-mixed, or use ddp",
         ),
-        (with_adafactor, {}, "Adafactor computes with whole weights; take torch.optim.AdamW, or use ddp"),
+        (
+            lambda folder: with_optimizer(folder, partial(Adafactor, lr=1e-3, relative_step=False)),
+            {},
+            "Adafactor computes with whole weights; take torch.optim.AdamW, or use ddp",
+        ),
+        (lambda folder: with_optimizer(folder, torch.optim.Adafactor), {}, "Adafactor computes with whole weights"),
     ],
 )
 def test_what_needs_whole_weights_is_refused_in_one_line(pipelines, fit_alone, module, options, message):
