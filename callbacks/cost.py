@@ -186,13 +186,12 @@ class Cost(Callback):
         self._since = None
 
 
-def denoisers(module: pl.LightningModule) -> Iterator[nn.Module]:
+def denoisers(module: pl.LightningModule) -> list[nn.Module]:
     """The policy's denoiser and the reference's copy of it, where there are any."""
+    if isinstance(module, AlignmentModule):
+        return module.denoisers()
     policy = getattr(module, "policy", None)
-    if isinstance(policy, DiffusionPolicy):
-        yield policy.denoiser
-    if isinstance(module, AlignmentModule) and module.reference is not None:
-        yield from module.reference.own_networks()
+    return [policy.denoiser] if isinstance(policy, DiffusionPolicy) else []
 
 
 def picture_decoders(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[nn.Module]:
