@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,11 +24,10 @@ from callbacks.checkpointing import (
     newest_checkpoint,
     newest_whole_checkpoint,
 )
+from callbacks.evaluation import PolicyEvaluation
 from callbacks.loss_guard import LossGuard
 from callbacks.pictures import SavePictures
 from callbacks.preemption import Preemption
-from callbacks.sample_grid import SampleGrid
-from callbacks.win_rate import WinRate
 from experiments.compose import JOBS, CommandLine, packaged_configs, settings
 from experiments.explain import explain
 from lightning_modules.errors import ConfigError, UserError
@@ -156,7 +156,7 @@ class ExperimentCLI(LightningCLI):
             config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         if self.line.job == "fit":
             # After what counts a batch, before what may take minutes at its end.
-            slow = [callback for callback in callbacks if isinstance(callback, SampleGrid | WinRate)]
+            slow = [callback for callback in callbacks if isinstance(callback, PolicyEvaluation)]
             callbacks = [*(callback for callback in callbacks if callback not in slow), Preemption(), *slow]
         config["callbacks"] = callbacks
         try:
@@ -248,8 +248,13 @@ def _check_writable(folder: Path) -> None:
 def _check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
     """
     Raises:
-        ConfigError: one of them saves whole models, from which a run of trainable weights cannot go on.
+        ConfigError: one of them saves whole models, from which a run of trainable weights cannot go on; or two would
+            write the same files.
     """
+    evaluations = Counter(type(callback).__name__ for callback in callbacks if isinstance(callback, PolicyEvaluation))
+    for name, number in evaluations.items():
+        if number > 1:
+            raise ConfigError(f"trainer.callbacks names {name} {number} times, and all would write the same files")
     for callback in callbacks:
         if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             raise ConfigError(

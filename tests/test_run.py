@@ -259,6 +259,11 @@ def test_files_and_jobs_that_do_not_exist(folder, words, message):
         ("--trainer.callbacks=SampleGird", "no class named 'SampleGird' fits here (did you mean 'SampleGrid'?)"),
         ("--data.seed=${nowhere}", "interpolation in the settings: Interpolation key 'nowhere' not found"),
         ("--trainer.callbacks=RichProgressBar", "trainer: Trainer was configured with `enable_progress_bar=False`"),
+        (
+            "--trainer.callbacks=[{class_path: SampleGrid, init_args: {prompts: [a]}}, "
+            "{class_path: SampleGrid, init_args: {prompts: [b]}}]",
+            "trainer.callbacks names SampleGrid 2 times, and all would write the same files",
+        ),
         ("--ckpt_path=last", "no checkpoint in runs/toy/checkpoints; start without --ckpt_path"),
         ("--ckpt_path=gone.ckpt", "checkpoint gone.ckpt does not exist"),
     ],
