@@ -129,7 +129,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._saved_at, self._step = time.monotonic(), trainer.global_step
         newest = newest_checkpoint(self._folder) if trainer.is_global_zero and trainer.ckpt_path is not None else None
         from_newest = newest is not None and newest.samefile(str(trainer.ckpt_path))
-        if trainer.strategy.broadcast(from_newest):
+        # Where a step has a file and last.ckpt is older, the run was killed between the two.
+        if trainer.strategy.broadcast(from_newest and newest == self._folder / "last.ckpt"):
             self._last_global_step_saved = trainer.global_step
 
     def on_train_batch_end(

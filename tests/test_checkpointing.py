@@ -127,6 +127,18 @@ def test_a_resumed_run_keeps_to_the_same_files(tmp_path):
     assert names(tmp_path) == ["last.ckpt", "step=0000006.ckpt", "step=0000008.ckpt"]
 
 
+def test_a_run_killed_between_the_two_files_of_its_last_step_ends_with_both(tmp_path):
+    fit(tmp_path, RunCheckpoint(every_n_steps=2), ExactResume(), steps=2)
+    former = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+    fit(tmp_path, RunCheckpoint(), ExactResume(), steps=4, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    last, newest = (tmp_path / "checkpoints" / name for name in ("last.ckpt", "step=0000004.ckpt"))
+    last.write_bytes(former)
+    os.utime(last, ns=(newest.stat().st_mtime_ns - 1,) * 2)
+    assert newest_checkpoint(tmp_path / "checkpoints") == newest
+    fit(tmp_path, RunCheckpoint(), ExactResume(), steps=4, ckpt_path=newest)
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
 def test_another_runs_checkpoint_does_not_bring_its_list_of_files(tmp_path):
     fit(tmp_path / "a", RunCheckpoint(every_n_steps=2, keep=1), steps=2)
     start = newest_checkpoint(tmp_path / "a" / "checkpoints")
