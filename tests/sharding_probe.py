@@ -16,7 +16,7 @@ def held(tensors):
 
 
 class Held(Callback):
-    """``held-0.json`` of rank 0: of the large networks' weights, their gradients, the optimizer's moments."""
+    """``held-0.json`` of rank 0, and so on: of the denoisers' weights, gradients and moments."""
 
     gradients = None
 
