@@ -9,6 +9,7 @@ import signal
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,9 @@ class PairLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Any:
-        batches = _unpacked(super().__iter__(), getattr(self.dataset, "bad", None))
+        with _blocked():
+            started = super().__iter__()
+        batches = _unpacked(started, getattr(self.dataset, "bad", None))
         _RUNNING.add(batches)
         # After torch's own, so that it runs before: those only ask, and our workers don't listen.
         atexit.unregister(_end_workers)
@@ -143,10 +146,23 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
+IGNORED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
 def ignore_signals(worker: int) -> None:
     """For DataLoader workers: a scheduler signals every process of a job, and the main one alone must act on it.
 
     A forked worker would otherwise die, or run the handlers it inherited and save a stale checkpoint.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+    for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """Signals wait: here until the end, in the workers that are started within until they ignore them."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)

@@ -1,7 +1,14 @@
 """Workers that leave signals alone must still end with their run."""
 
+import os
+import signal
 import subprocess
 import sys
+
+import pytest
+from torch.utils.data import Dataset
+
+from datamodules.loading import IGNORED, PairLoader, as_it_is, ignore_signals
 
 FAILING_RUN = """
 import torch
@@ -26,3 +33,27 @@ def test_a_run_that_fails_with_busy_workers_ends():
     assert result.stdout == "[0, 1]\n"
     assert result.returncode == 1
     assert "a step failed while workers were busy" in result.stderr
+
+
+class Numbers(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, n):
+        return n
+
+
+def signalled_at_its_start(worker):
+    """A scheduler's signal reaches a worker that has not come to ignore it; torch's own handler would end it."""
+    for number in IGNORED:
+        os.kill(os.getpid(), number)
+    ignore_signals(worker)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_signal_that_hits_a_worker_as_it_starts_is_ignored_too():
+    batches = PairLoader(
+        Numbers(), batch_size=2, num_workers=2, collate_fn=as_it_is, worker_init_fn=signalled_at_its_start
+    )
+    assert list(batches) == [[0, 1], [2, 3]]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(IGNORED)
