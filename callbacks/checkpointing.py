@@ -306,6 +306,7 @@ class ExactResume(AfterStep):
             self._loops = checkpoint["loops"]["fit_loop"]
         # What Lightning counts from a batch's end on, until the next one, is no place to go on from.
         loops = checkpoint["loops"]["fit_loop"] = deepcopy(self._loops)
+        checkpoint["epoch"] = loops["epoch_progress"]["current"]["processed"]
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         # The batch at whose end it was due is to come again.
         rewound = loops["epoch_loop.batch_progress"]["total"]["processed"] < batches.processed

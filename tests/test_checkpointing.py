@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from tiny_regression import Regression, fit
 
 from callbacks.checkpointing import (
+    AfterStep,
     AtomicCheckpointIO,
     ExactResume,
     RunCheckpoint,
@@ -137,6 +138,18 @@ def test_a_run_killed_between_the_two_files_of_its_last_step_ends_with_both(tmp_
     assert newest_checkpoint(tmp_path / "checkpoints") == newest
     fit(tmp_path, RunCheckpoint(), ExactResume(), steps=4, ckpt_path=newest)
     assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+class EvaluatesAtTheEnd(AfterStep):
+    def on_train_end(self, trainer, pl_module):
+        self.unsaved = True
+
+
+def test_a_step_that_is_saved_again_at_the_end_is_of_the_same_epoch(tmp_path):
+    """An epoch has 10 batches; at the end of a training Lightning counts the one it broke off as done."""
+    fit(tmp_path, RunCheckpoint(every_n_steps=6), ExactResume(), EvaluatesAtTheEnd(), steps=6)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["epoch"] == saved["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] == 0
 
 
 def test_another_runs_checkpoint_does_not_bring_its_list_of_files(tmp_path):
