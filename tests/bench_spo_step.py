@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from large_unet import SIDE, WIDTH, save_a_35m_unet
 from torch.nn.functional import logsigmoid
 
 from lightning_modules.alignment import AlignmentModule
@@ -25,22 +25,11 @@ from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff
 from lightning_modules.schedule import gaussian_log_prob
 
-BATCH, SIDE, WIDTH, ROUNDS = 4, 16, 32, 6
+BATCH, ROUNDS = 4, 6
 
 
 def module_with_a_35m_unet(pipelines, tmp_path):
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=SIDE,
-        block_out_channels=(96, 192, 352),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=2,
-        attention_head_dim=8,
-        cross_attention_dim=WIDTH,
-    )
-    unet.save_pretrained(tmp_path / "unet")
-    policy = StableDiffusion(str(pipelines / "tiny-sd15"), LoRA(rank=4), unet=str(tmp_path / "unet"))
+    policy = StableDiffusion(str(pipelines / "tiny-sd15"), LoRA(rank=4), unet=save_a_35m_unet(tmp_path))
     for name, parameter in policy.unet.named_parameters():
         if "lora_B" in name:  # away from the start, where the ratio would be 1 and the clip far
             torch.nn.init.normal_(parameter, std=0.01)
