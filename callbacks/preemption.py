@@ -21,7 +21,8 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.checkpointing import RunCheckpoint, callbacks_of, log_step, newest_checkpoint
+from callbacks.checkpoint_files import newest_checkpoint
+from callbacks.checkpointing import RunCheckpoint, callbacks_of, log_step
 from datamodules.step_pool import StepPoolDataModule
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)

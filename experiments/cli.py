@@ -16,15 +16,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 
-from callbacks.checkpointing import (
-    AtomicCheckpointIO,
-    ExactResume,
-    RunCheckpoint,
-    damage,
-    newest_checkpoint,
-    newest_whole_checkpoint,
-)
+from callbacks.checkpoint_files import AtomicCheckpointIO, damage, newest_checkpoint, newest_whole_checkpoint
+from callbacks.checkpointing import RunCheckpoint
 from callbacks.evaluation import PolicyEvaluation
+from callbacks.exact_resume import ExactResume
 from callbacks.loss_guard import LossGuard
 from callbacks.pictures import SavePictures
 from callbacks.preemption import Preemption

@@ -7,7 +7,8 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from tiny_world import make, pairs, trainer
 
-from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from callbacks.checkpoint_files import AtomicCheckpointIO
+from callbacks.checkpointing import RunCheckpoint
 from callbacks.export import ExportPolicy
 from callbacks.generation import undisturbed
 from experiments import run

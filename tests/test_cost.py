@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
-from callbacks.checkpointing import ExactResume, RunCheckpoint
+from callbacks.checkpointing import RunCheckpoint
 from callbacks.clock import EVALUATION, Stopwatch
 from callbacks.cost import Cost
+from callbacks.exact_resume import ExactResume
 from callbacks.win_rate import WinRate
 from datamodules.pool_folder import read_manifest
 from datamodules.step_pool import StepPoolDataModule

@@ -11,7 +11,9 @@ from tiny_world import PROMPTS, QUICK, make, pairs, trainer
 from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
 
-from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint, newest_checkpoint
+from callbacks.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
+from callbacks.checkpointing import RunCheckpoint
+from callbacks.exact_resume import ExactResume
 from callbacks.preemption import SIGNALS, Preemption
 from callbacks.sample_grid import SampleGrid
 from callbacks.win_rate import WinRate

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from pairs_data import picture
 from safetensors.torch import save as save_tensors
 
-from callbacks.checkpointing import damage, newest_whole_checkpoint
+from callbacks.checkpoint_files import damage, newest_whole_checkpoint
 from datamodules.bad_samples import BadSample, BadSamples
 from datamodules.download import Downloads
 from datamodules.files import parse_json, read_json

@@ -14,7 +14,9 @@ from tiny_regression import Regression, Sends, Validated, fit
 from tiny_world import make, trainer
 from torch.multiprocessing import ProcessExitedException
 
-from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint, newest_checkpoint
+from callbacks.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
+from callbacks.checkpointing import RunCheckpoint
+from callbacks.exact_resume import ExactResume
 from callbacks.preemption import Preemption, requeue
 from datamodules.step_pool import StepPoolDataModule
 from lightning_modules.errors import DataError

@@ -16,7 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_world import make, trainer
 from torch.multiprocessing import ProcessRaisedException
 
-from callbacks.checkpointing import AtomicCheckpointIO, ExactResume, RunCheckpoint
+from callbacks.checkpoint_files import AtomicCheckpointIO
+from callbacks.checkpointing import RunCheckpoint
+from callbacks.exact_resume import ExactResume
 from datamodules import pool_folder
 from datamodules.order import StoredOrder
 from datamodules.pool_folder import PoolFolder, fingerprint, open_pool, read_manifest, step_pair
