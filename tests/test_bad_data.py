@@ -462,15 +462,20 @@ def test_a_stalled_reader_is_given_up_and_nothing_is_left_of_it(tmp_path: Path, 
 
 
 def lives(group: int) -> bool:
-    """Whether any process of a group runs; one that is dead and not yet buried doesn't."""
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, found = status.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(found) == group and state != "Z":
-            return True
-    return False
+    """Whether any process of a group runs; one that is dead and not yet buried doesn't, one that is dying may wait."""
+    for _ in range(100):
+        if not any(runs(status, group) for status in Path("/proc").glob("[0-9]*/stat")):
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def runs(status: Path, group: int) -> bool:
+    try:
+        state, _, found = status.read_text().rpartition(")")[2].split()[:3]
+    except OSError:
+        return False
+    return int(found) == group and state != "Z"
 
 
 def test_a_reader_that_breaks_off_once_is_tried_again(tmp_path: Path, monkeypatch) -> None:
