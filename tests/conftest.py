@@ -6,6 +6,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Some tests fork: without threads of libraries, whose locks a child would keep for ever.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 # lightning 2.6 calls jsonargparse's former name for instantiating
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
@@ -29,6 +31,9 @@ install_import_hook(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+tqdm.monitor_interval = 0
 
 TESTS = Path(__file__).parent
 
