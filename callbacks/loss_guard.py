@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_modules.errors import ConfigError, DivergenceError
-from lightning_modules.sharding import whole_tensor
 from lightning_modules.training import TrainingModule
+from lightning_modules.weights.sharding import whole_tensor
 
 log = logging.getLogger(__name__)
 

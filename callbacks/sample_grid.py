@@ -18,9 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from torch import Tensor
 
-from callbacks.evaluation import PolicyEvaluation
-from callbacks.files import write_atomically
-from callbacks.generation import (
+from callbacks.evaluation.pictures import (
     Shot,
     alignment,
     gathered,
@@ -29,9 +27,11 @@ from callbacks.generation import (
     policy_step,
     undisturbed,
 )
-from callbacks.preemption import interruptible
+from callbacks.files import write_atomically
+from callbacks.resume.due_evaluations import PolicyEvaluation
+from callbacks.resume.preemption import interruptible
 from datamodules.prompts import prompt_texts
-from lightning_modules.sampling import Sampler
+from lightning_modules.sampling.pictures import Sampler
 
 log = logging.getLogger(__name__)
 

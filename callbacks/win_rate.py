@@ -15,9 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.evaluation import PolicyEvaluation
-from callbacks.files import write_atomically
-from callbacks.generation import (
+from callbacks.evaluation.pictures import (
     Shot,
     alignment,
     gathered,
@@ -26,13 +24,15 @@ from callbacks.generation import (
     policy_step,
     undisturbed,
 )
-from callbacks.preemption import interruptible
-from callbacks.statistics import Mean, WinCount
+from callbacks.evaluation.statistics import Mean, WinCount
+from callbacks.files import write_atomically
+from callbacks.resume.due_evaluations import PolicyEvaluation
+from callbacks.resume.preemption import interruptible
 from datamodules.prompts import prompt_texts
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.rewards.base import RewardModel
-from lightning_modules.sampling import Denoise, Sampler
+from lightning_modules.sampling.pictures import Denoise, Sampler
 
 # Column -> one number a picture. Columns are the rewards' names, and "<reward>/<part>" for their parts.
 Scores = dict[str, list[float]]

@@ -17,14 +17,14 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data.distributed import DistributedSampler
 
-from datamodules import bad_samples
-from datamodules.bad_samples import BadSamples
-from datamodules.download import Downloads
-from datamodules.loading import Caught, OrderedSamples, PairLoader, as_it_is, ignore_signals
-from datamodules.manifest import LatentsKey
-from datamodules.order import ShuffledOrder, StoredOrder
-from datamodules.samples import MAX_PICTURE_PIXELS, Sample
-from datamodules.shards import ShardSet, open_shards
+from datamodules.shards import bad_samples
+from datamodules.shards.bad_samples import BadSamples
+from datamodules.shards.download import Downloads
+from datamodules.shards.manifest import LatentsKey
+from datamodules.shards.reader import ShardSet, open_shards
+from datamodules.shards.samples import MAX_PICTURE_PIXELS, Sample
+from datamodules.stream.loading import Caught, OrderedSamples, PairLoader, as_it_is, ignore_signals
+from datamodules.stream.order import ShuffledOrder, StoredOrder
 from lightning_modules.batches import Conditioning, LatentPairs, PreferencePairs
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.policies.base import DiffusionPolicy

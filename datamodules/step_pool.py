@@ -20,10 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from datamodules.loading import Caught, PairLoader, as_it_is, ignore_signals
-from datamodules.manifest import Manifest
-from datamodules.order import StoredOrder
-from datamodules.pool_folder import (
+from datamodules.pools.folder import (
     QUANTILES,
     SHARE,
     PoolFolder,
@@ -35,15 +32,18 @@ from datamodules.pool_folder import (
     step_pair,
 )
 from datamodules.prompts import prompt_texts
-from datamodules.shards import ShardSet
+from datamodules.shards.manifest import Manifest
+from datamodules.shards.reader import ShardSet
+from datamodules.stream.loading import Caught, PairLoader, as_it_is, ignore_signals
+from datamodules.stream.order import StoredOrder
 from lightning_modules.batches import StepPairs
 from lightning_modules.errors import ConfigError, DataError, UserError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.policies.tiny_decoder import TinyDecoder
 from lightning_modules.randomness import generator
-from lightning_modules.sharding import FullyShardedStrategy, whole
-from lightning_modules.step_sampling import Rollout, SeededDraws, StepSampler
-from lightning_modules.step_scoring import StepScorer
+from lightning_modules.sampling.step_sampler import Rollout, SeededDraws, StepSampler
+from lightning_modules.sampling.step_scorers import StepScorer
+from lightning_modules.weights.sharding import FullyShardedStrategy, whole
 
 log = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from callbacks.evaluation.statistics import Mean, WinCount
 from callbacks.files import write_atomically
-from callbacks.statistics import Mean, WinCount
-from experiments.command import run_command
-from experiments.comparison import COSTS, Comparison, Method, Run, Score, wins
-from experiments.comparison_figures import amount, curves, results
+from experiments.cli.command import run_command
+from experiments.comparison.figures import amount, curves, results
+from experiments.comparison.runs import COSTS, Comparison, Method, Run, Score, wins
 from lightning_modules.errors import ConfigError
 
 NONE = "–"  # noqa: RUF001  # a cell without a number

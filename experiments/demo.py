@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments import compare, prepare_feedback, prepare_pickapic, run
-from experiments.command import run_command
+from experiments.cli.command import run_command
 
 METHODS = {
     "dpo": ["--config", "dpo_tiny"],

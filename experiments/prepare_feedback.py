@@ -21,18 +21,18 @@ import torch
 from jsonargparse import Namespace
 from rich.progress import track
 
-from datamodules.files import atomic_file, read_json, write_json
 from datamodules.prompts import prompt_texts
-from experiments.cli import OneLineParser
-from experiments.command import run_command
-from experiments.compose import import_named
-from experiments.configured_policy import load_policy
-from experiments.pickapic import SCHEMA, pair_row
+from datamodules.shards.json_files import atomic_file, read_json, write_json
+from experiments.cli.command import run_command
+from experiments.cli.compose import import_named
+from experiments.cli.configured_policy import load_policy
+from experiments.cli.experiment_cli import OneLineParser
+from experiments.preparation.pickapic_schema import SCHEMA, pair_row
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import derive_seed
 from lightning_modules.rewards.base import RewardModel
-from lightning_modules.sampling import Sampler, initial_noise
+from lightning_modules.sampling.pictures import Sampler, initial_noise
 
 PART = 256  # pairs a parquet file
 

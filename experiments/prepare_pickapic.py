@@ -34,14 +34,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from datamodules.files import read_json, write_json
-from datamodules.manifest import MANIFEST, Manifest, ShardInfo
-from datamodules.samples import pixel_members
-from datamodules.shards import write_shard
-from experiments.command import run_command
-from experiments.configured_policy import load_policy
-from experiments.encoded_pairs import encoded, latents_key
-from experiments.pickapic_rows import MAX_NAMED, Settings, Unit, find_duplicates, find_inputs, plan_units, usable_pairs
+from datamodules.shards.json_files import read_json, write_json
+from datamodules.shards.manifest import MANIFEST, Manifest, ShardInfo
+from datamodules.shards.reader import write_shard
+from datamodules.shards.samples import pixel_members
+from experiments.cli.command import run_command
+from experiments.cli.configured_policy import load_policy
+from experiments.preparation.encoding import encoded, latents_key
+from experiments.preparation.pickapic_rows import (
+    MAX_NAMED,
+    Settings,
+    Unit,
+    find_duplicates,
+    find_inputs,
+    plan_units,
+    usable_pairs,
+)
 from lightning_modules.errors import ConfigError, DataError, UserError
 
 UNITS = ".units"  # markers of finished units, in the output folder until the manifest is there
@@ -119,7 +127,7 @@ def _in_parallel(
 ) -> Iterator[tuple[Unit, UnitResult]]:
     # Not forked from here: threads of torch and pyarrow don't survive it. The server imports once for all workers.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["datamodules.shards", "pyarrow.parquet", "rich.progress"])
+    context.set_forkserver_preload(["datamodules.shards.reader", "pyarrow.parquet", "rich.progress"])
     pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=context)
     try:
         jobs: dict[Future[UnitResult], Unit] = {

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from experiments.command import run_command
-from experiments.compose import CommandLine, import_named, packaged_configs
-from experiments.orphans import end_with_launcher
+from experiments.cli.command import run_command
+from experiments.cli.compose import CommandLine, import_named, packaged_configs
+from experiments.cli.orphans import end_with_launcher
 from lightning_modules.errors import ConfigError
 
 if TYPE_CHECKING:
-    from experiments.cli import ExperimentCLI
+    from experiments.cli.experiment_cli import ExperimentCLI
 
 
 def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
 
     end_with_launcher()
     # Lightning takes seconds to import, and a wrong word should be told at once.
-    from experiments.cli import ExperimentCLI
+    from experiments.cli.experiment_cli import ExperimentCLI
 
     quiet()
     import_named(tree, line.overrides)

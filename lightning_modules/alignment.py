@@ -9,7 +9,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_modules.averaging import ExponentialMovingAverage
 from lightning_modules.batches import Conditioning, LatentPairs, PreferencePairs, StepPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.learning_rates import ConstantWithWarmup
@@ -17,8 +16,9 @@ from lightning_modules.objectives.base import LossOutput, Objective
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import rand
 from lightning_modules.references import Reference
-from lightning_modules.sharding import shard
 from lightning_modules.training import TrainingModule
+from lightning_modules.weights.averaging import ExponentialMovingAverage
+from lightning_modules.weights.sharding import shard
 
 Batch = PreferencePairs | LatentPairs | StepPairs
 

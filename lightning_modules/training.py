@@ -12,11 +12,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_modules.averaging import ExponentialMovingAverage
 from lightning_modules.errors import ConfigError
 from lightning_modules.randomness import derive_seed, generator
 from lightning_modules.running_means import RunningMeans
-from lightning_modules.weights import mismatch
+from lightning_modules.weights.audit import mismatch
+from lightning_modules.weights.averaging import ExponentialMovingAverage
 
 
 class TrainingModule(LightningModule):

@@ -23,7 +23,7 @@ from lightning_modules.objectives import SPO
 from lightning_modules.policies.adaptation import LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff
-from lightning_modules.schedule import gaussian_log_prob
+from lightning_modules.schedules.discrete import gaussian_log_prob
 
 BATCH, ROUNDS = 4, 6
 

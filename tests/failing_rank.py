@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from experiments.orphans import end_with_launcher
+from experiments.cli.orphans import end_with_launcher
 
 
 class Fails(LightningModule):

@@ -253,7 +253,7 @@ def become(forked: Forked) -> NoReturn:
     import numpy
     import torch
 
-    from experiments.command import run_command
+    from experiments.cli.command import run_command
 
     order = forked.order
     os.setpgid(0, 0)
@@ -301,10 +301,10 @@ def make_plan(forked: Forked) -> None:
 def import_everything() -> None:
     """What a run imports, some of it late, as classes are looked up by name; and what it computes and keeps once."""
     for name in (
-        "callbacks.cost", "callbacks.checkpointing", "datamodules.preference_pairs", "datamodules.step_pool",
-        "experiments.cli", "experiments.prepare_pickapic", "lightning.pytorch.loggers.tensorboard", "peft",
+        "callbacks.cost", "callbacks.resume.checkpointing", "datamodules.preference_pairs", "datamodules.step_pool",
+        "experiments.cli.experiment_cli", "experiments.prepare_pickapic", "lightning.pytorch.loggers.tensorboard",
         "lightning_modules.alignment", "lightning_modules.preference", "lightning_modules.policies.stable_diffusion",
-        "lightning_modules.rewards.step_aware", "torch.utils.tensorboard", "kill_probe",
+        "lightning_modules.rewards.step_aware", "peft", "torch.utils.tensorboard", "kill_probe",
     ):  # fmt: skip
         importlib.import_module(name)
     run, policies = importlib.import_module("experiments.run"), importlib.import_module("lightning_modules.policies")

@@ -11,9 +11,9 @@ import pyarrow
 import pyarrow.parquet as parquet
 from PIL import Image
 
-from datamodules.manifest import Manifest
-from datamodules.samples import pixel_members
-from datamodules.shards import write_shard
+from datamodules.shards.manifest import Manifest
+from datamodules.shards.reader import write_shard
+from datamodules.shards.samples import pixel_members
 
 
 def picture(value: int, size: tuple[int, int] = (16, 16), kind: str = "PNG") -> bytes:

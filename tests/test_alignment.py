@@ -8,9 +8,9 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
-from callbacks.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
-from callbacks.checkpointing import RunCheckpoint
-from callbacks.exact_resume import ExactResume
+from callbacks.resume.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
+from callbacks.resume.checkpointing import RunCheckpoint
+from callbacks.resume.exact_resume import ExactResume
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.batches import LatentPairs, PreferencePairs
 from lightning_modules.errors import ConfigError

@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from datamodules.shapes import ShapesDataModule
-from lightning_modules.autoencoder import AutoencoderModule, psnr
+from datamodules.shapes.data import ShapesDataModule
 from lightning_modules.errors import ConfigError
+from lightning_modules.shapes.autoencoder import AutoencoderModule, psnr
 
 
 @pytest.fixture

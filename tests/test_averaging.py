@@ -7,14 +7,14 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from tiny_world import make, pairs, trainer
 
-from callbacks.checkpoint_files import AtomicCheckpointIO
-from callbacks.checkpointing import RunCheckpoint
-from callbacks.export import ExportPolicy
-from callbacks.generation import undisturbed
+from callbacks.evaluation.pictures import undisturbed
+from callbacks.export_policy import ExportPolicy
+from callbacks.resume.checkpoint_files import AtomicCheckpointIO
+from callbacks.resume.checkpointing import RunCheckpoint
 from experiments import run
-from lightning_modules.averaging import ExponentialMovingAverage
 from lightning_modules.errors import ConfigError
 from lightning_modules.references import AdapterOff
+from lightning_modules.weights.averaging import ExponentialMovingAverage
 
 
 def weights(module):

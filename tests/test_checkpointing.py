@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tiny_regression import Regression, fit
 
-from callbacks.checkpoint_files import AtomicCheckpointIO, damage, newest_checkpoint, newest_whole_checkpoint
-from callbacks.checkpointing import AfterStep, RunCheckpoint
-from callbacks.exact_resume import ExactResume
+from callbacks.resume.checkpoint_files import AtomicCheckpointIO, damage, newest_checkpoint, newest_whole_checkpoint
+from callbacks.resume.checkpointing import AfterStep, RunCheckpoint
+from callbacks.resume.exact_resume import ExactResume
 from experiments import run
 from lightning_modules.errors import ConfigError, DataError
 

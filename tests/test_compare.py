@@ -11,10 +11,10 @@ import pytest
 from comparison_runs import BASE, cost, write_run
 from PIL import Image
 
-from callbacks.statistics import wilson_interval
+from callbacks.evaluation.statistics import wilson_interval
 from experiments.compare import labelled, main, quality, tables
-from experiments.comparison import Comparison, Run
-from experiments.comparison_figures import amount
+from experiments.comparison.figures import amount
+from experiments.comparison.runs import Comparison, Run
 from lightning_modules.errors import ConfigError, DataError
 
 CONFIG = """

@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
-from callbacks.checkpointing import RunCheckpoint
 from callbacks.clock import EVALUATION, Stopwatch
 from callbacks.cost import Cost
-from callbacks.exact_resume import ExactResume
+from callbacks.resume.checkpointing import RunCheckpoint
+from callbacks.resume.exact_resume import ExactResume
 from callbacks.win_rate import WinRate
-from datamodules.pool_folder import read_manifest
+from datamodules.pools.folder import read_manifest
 from datamodules.step_pool import StepPoolDataModule
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.batches import PreferencePairs
@@ -21,9 +21,9 @@ from lightning_modules.policies.adaptation import FullFineTuning, LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff, FrozenCopy
 from lightning_modules.rewards.base import RewardModel
-from lightning_modules.sampling import Sampler, initial_noise
-from lightning_modules.step_sampling import StepSampler
-from lightning_modules.step_scoring import RandomScorer
+from lightning_modules.sampling.pictures import Sampler, initial_noise
+from lightning_modules.sampling.step_sampler import StepSampler
+from lightning_modules.sampling.step_scorers import RandomScorer
 
 B = 3  # pairs a batch
 

@@ -11,13 +11,13 @@ from tiny_world import PROMPTS, QUICK, make, pairs, trainer
 from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
 
-from callbacks.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
-from callbacks.checkpointing import RunCheckpoint
-from callbacks.exact_resume import ExactResume
-from callbacks.preemption import SIGNALS, Preemption
+from callbacks.resume.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
+from callbacks.resume.checkpointing import RunCheckpoint
+from callbacks.resume.exact_resume import ExactResume
+from callbacks.resume.preemption import SIGNALS, Preemption
 from callbacks.sample_grid import SampleGrid
 from callbacks.win_rate import WinRate
-from experiments.command import run_command
+from experiments.cli.command import run_command
 from lightning_modules.policies.adaptation import LoRA
 from lightning_modules.references import AdapterOff
 from lightning_modules.rewards.base import RewardModel

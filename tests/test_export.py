@@ -8,8 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from tiny_world import make, pairs, trainer
 
-from callbacks.checkpointing import RunCheckpoint
-from callbacks.export import ExportPolicy, exports
+from callbacks.export_policy import ExportPolicy, exports
+from callbacks.resume.checkpointing import RunCheckpoint
 from lightning_modules.policies.adaptation import FullFineTuning, LoRA
 from lightning_modules.references import AdapterOff, FrozenCopy
 from lightning_modules.rewards.step_aware import StepAwarePreferenceModel

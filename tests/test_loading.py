@@ -8,12 +8,12 @@ import sys
 import pytest
 from torch.utils.data import Dataset
 
-from datamodules.loading import IGNORED, PairLoader, as_it_is, ignore_signals
+from datamodules.stream.loading import IGNORED, PairLoader, as_it_is, ignore_signals
 
 FAILING_RUN = """
 import torch
 from torch.utils.data import Dataset
-from datamodules.loading import PairLoader, as_it_is, ignore_signals
+from datamodules.stream.loading import PairLoader, as_it_is, ignore_signals
 
 class Numbers(Dataset):
     def __len__(self): return 1000

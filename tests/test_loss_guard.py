@@ -15,9 +15,9 @@ from tiny_world import make, pairs, trainer
 from torch.utils.data import DataLoader
 
 from callbacks.loss_guard import LossGuard
-from lightning_modules.averaging import ExponentialMovingAverage
 from lightning_modules.errors import ConfigError, DivergenceError
 from lightning_modules.references import AdapterOff
+from lightning_modules.weights.averaging import ExponentialMovingAverage
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.objectives import DPO, IPO, SFT, Hinge, Sigmoid
 from lightning_modules.objectives.dpo import PairQuery
 from lightning_modules.randomness import generator
-from lightning_modules.schedule import NoiseSchedule
+from lightning_modules.schedules.discrete import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.from_scheduler_config({"beta_schedule": "scaled_linear"})
 

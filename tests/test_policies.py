@@ -15,8 +15,8 @@ from transformers import CLIPTextModel
 from lightning_modules.batches import Conditioning, DenoiserQuery
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies import FullFineTuning, LoRA, StableDiffusion, StableDiffusionXL
-from lightning_modules.pretrained import Pretrained
 from lightning_modules.randomness import generator
+from lightning_modules.weights.pretrained import Pretrained
 
 PIPELINES = Path(__file__).parent / "pipelines"
 SD, SDXL = str(PIPELINES / "tiny-sd15"), str(PIPELINES / "tiny-sdxl")

@@ -14,16 +14,16 @@ from tiny_regression import Regression, Sends, Validated, fit
 from tiny_world import make, trainer
 from torch.multiprocessing import ProcessExitedException
 
-from callbacks.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
-from callbacks.checkpointing import RunCheckpoint
-from callbacks.exact_resume import ExactResume
-from callbacks.preemption import Preemption, requeue
+from callbacks.resume.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
+from callbacks.resume.checkpointing import RunCheckpoint
+from callbacks.resume.exact_resume import ExactResume
+from callbacks.resume.preemption import Preemption, requeue
 from datamodules.step_pool import StepPoolDataModule
 from lightning_modules.errors import DataError
 from lightning_modules.objectives.spo import SPO
 from lightning_modules.references import AdapterOff
-from lightning_modules.step_sampling import StepSampler
-from lightning_modules.step_scoring import RandomScorer
+from lightning_modules.sampling.step_sampler import StepSampler
+from lightning_modules.sampling.step_scorers import RandomScorer
 
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 

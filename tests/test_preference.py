@@ -15,17 +15,19 @@ from transformers import AutoTokenizer
 
 import experiments
 from callbacks.export_preference import ExportPreferenceModel
-from datamodules.shapes import as_unit, draw_imperfect, prompt_splits, random_numbers
-from experiments import build_shapes_pipeline, build_shapes_preference, prepare_feedback, prepare_pickapic, run
-from experiments.compose import find_config
+from datamodules.shapes.data import as_unit, draw_imperfect, prompt_splits, random_numbers
+from experiments import prepare_feedback, prepare_pickapic, run
+from experiments.cli.compose import find_config
+from experiments.shapes import build_pipeline as build_shapes_pipeline
+from experiments.shapes import build_preference as build_shapes_preference
 from lightning_modules.batches import PreferencePairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies import Frozen, StableDiffusion, StableDiffusionXL
 from lightning_modules.preference import HumanLabels, RewardLabels, StepAwarePreferenceModule
 from lightning_modules.preference_loss import preference_loss
-from lightning_modules.rewards import PickScore, ShapesReward, StepAwarePreferenceModel
+from lightning_modules.rewards import PickScore, StepAwarePreferenceModel
 from lightning_modules.rewards.clip import text_embeds
-from lightning_modules.rewards.shapes import Scene
+from lightning_modules.shapes.reward import Scene, ShapesReward
 
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 TIME_IDS = torch.tensor([64.0, 64, 0, 0, 64, 64])

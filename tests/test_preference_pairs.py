@@ -12,11 +12,11 @@ from pairs_data import picture, rows, write_parquet, write_shards
 from PIL import Image
 from torch import nn
 
-from datamodules.manifest import Manifest
-from datamodules.order import ShuffledOrder
 from datamodules.preference_pairs import PairTransform, PreferencePairsDataModule, RunSampler, collate
-from datamodules.samples import pixel_members
-from datamodules.shards import open_shards, write_shard
+from datamodules.shards.manifest import Manifest
+from datamodules.shards.reader import open_shards, write_shard
+from datamodules.shards.samples import pixel_members
+from datamodules.stream.order import ShuffledOrder
 from experiments import prepare_pickapic
 from lightning_modules.batches import PreferencePairs
 from lightning_modules.errors import DataError

@@ -10,7 +10,7 @@ from PIL import Image
 
 from experiments import prepare_feedback, prepare_pickapic
 from lightning_modules.errors import ConfigError
-from lightning_modules.rewards.shapes import ShapesReward
+from lightning_modules.shapes.reward import ShapesReward
 
 PROMPTS = ["two large green triangles on a white background", "one small red circle on a black background"]
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from pairs_data import picture, rows, write_parquet
 
-from datamodules.manifest import MANIFEST, Manifest
-from datamodules.order import StoredOrder
 from datamodules.preference_pairs import PairTransform, PreferencePairsDataModule, latents_fingerprint
-from datamodules.samples import decode_picture
-from datamodules.shards import open_shards
-from experiments.configured_policy import load_policy
-from experiments.pickapic_rows import Settings, Unit, plan_units, preference, usable_pairs
+from datamodules.shards.manifest import MANIFEST, Manifest
+from datamodules.shards.reader import open_shards
+from datamodules.shards.samples import decode_picture
+from datamodules.stream.order import StoredOrder
+from experiments.cli.configured_policy import load_policy
+from experiments.preparation.pickapic_rows import Settings, Unit, plan_units, preference, usable_pairs
 from experiments.prepare_pickapic import main
 from lightning_modules.batches import LatentPairs, PreferencePairs
 from lightning_modules.errors import ConfigError, DataError

@@ -17,9 +17,9 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch.utils.data import DataLoader
 
-from datamodules.shapes import prompt_splits
-from experiments import prepare_pickapic, prepare_shapes, run
-from experiments.compose import (
+from datamodules.shapes.data import prompt_splits
+from experiments import prepare_pickapic, run
+from experiments.cli.compose import (
     CommandLine,
     find_config,
     known_classes,
@@ -30,6 +30,7 @@ from experiments.compose import (
     settings,
     switch_class,
 )
+from experiments.shapes import prepare as prepare_shapes
 from lightning_modules.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from lightning_modules.policies.adaptation import FullFineTuning, LoRA
 from lightning_modules.policies.sdxl import StableDiffusionXL
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff
-from lightning_modules.sampling import Sampler, initial_noise
+from lightning_modules.sampling.pictures import Sampler, initial_noise
 
 PROMPTS = ["a red cube", "two green triangles on a white background"]
 

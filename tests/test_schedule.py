@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from lightning_modules.errors import ConfigError
-from lightning_modules.schedule import NoiseSchedule, gaussian_log_prob
+from lightning_modules.schedules.discrete import NoiseSchedule, gaussian_log_prob
 
 SD15 = {
     "beta_schedule": "scaled_linear",

@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from datamodules.shapes import (
+from datamodules.shapes.data import (
     ShapesDataModule,
     ShapesPairs,
     as_unit,
@@ -24,9 +24,10 @@ from datamodules.shapes import (
     random_numbers,
     random_prompts,
 )
-from experiments import build_shapes_pipeline, prepare_shapes
+from experiments.shapes import build_pipeline as build_shapes_pipeline
+from experiments.shapes import prepare as prepare_shapes
 from lightning_modules.errors import ConfigError
-from lightning_modules.rewards.shapes import SCENES, Scene, ShapesReward
+from lightning_modules.shapes.reward import SCENES, Scene, ShapesReward
 
 EMBEDDED = Path(__file__).parent.parent / "experiments" / "embedded" / "shapes"
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from datamodules.shapes import draw, random_numbers
+from datamodules.shapes.data import draw, random_numbers
 from lightning_modules.errors import DataError
-from lightning_modules.rewards.shapes import COLOURS, SCENES, Scene, ShapesReward
+from lightning_modules.shapes.reward import COLOURS, SCENES, Scene, ShapesReward
 
 CAPTIONS = list(SCENES)
 REWARD = ShapesReward()

@@ -26,11 +26,11 @@ from torch.distributed.tensor import DTensor
 from transformers.optimization import Adafactor
 
 from callbacks.loss_guard import LossGuard
-from lightning_modules.averaging import ExponentialMovingAverage
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.adaptation import FullFineTuning, LoRA
 from lightning_modules.references import AdapterOff, FrozenCopy
-from lightning_modules.sharding import FullyShardedStrategy, whole, whole_tensor
+from lightning_modules.weights.averaging import ExponentialMovingAverage
+from lightning_modules.weights.sharding import FullyShardedStrategy, whole, whole_tensor
 
 STEPS = 4
 QUICK = {"class_path": "Sampler", "init_args": {"steps": 2, "guidance_scale": 2.0}}

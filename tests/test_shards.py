@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from pairs_data import picture, write_shards
 from PIL import Image
 
-from datamodules import download
-from datamodules.download import Downloads
-from datamodules.files import atomic_file
-from datamodules.manifest import MANIFEST, Manifest
-from datamodules.order import ShuffledOrder, StoredOrder
-from datamodules.samples import Sample, decode_picture, latent_members, pixel_members
-from datamodules.shards import IndexedShard, open_shards, write_shard
+from datamodules.shards import download
+from datamodules.shards.download import Downloads
+from datamodules.shards.json_files import atomic_file
+from datamodules.shards.manifest import MANIFEST, Manifest
+from datamodules.shards.reader import IndexedShard, open_shards, write_shard
+from datamodules.shards.samples import Sample, decode_picture, latent_members, pixel_members
+from datamodules.stream.order import ShuffledOrder, StoredOrder
 from lightning_modules.errors import ConfigError, DataError
 
 

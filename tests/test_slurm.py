@@ -18,7 +18,7 @@ import torch
 from pairs_data import write_shards
 
 from experiments import run
-from experiments.command import run_command
+from experiments.cli.command import run_command
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "experiments" / "slurm"

@@ -16,7 +16,7 @@ from lightning_modules.objectives import SPO
 from lightning_modules.policies.adaptation import LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff
-from lightning_modules.schedule import NoiseSchedule, gaussian_log_prob
+from lightning_modules.schedules.discrete import NoiseSchedule, gaussian_log_prob
 
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 SCHEDULE = NoiseSchedule.from_scheduler_config(SD15)

@@ -16,20 +16,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_world import make, trainer
 from torch.multiprocessing import ProcessRaisedException
 
-from callbacks.checkpoint_files import AtomicCheckpointIO
-from callbacks.checkpointing import RunCheckpoint
-from callbacks.exact_resume import ExactResume
-from datamodules import pool_folder
-from datamodules.order import StoredOrder
-from datamodules.pool_folder import PoolFolder, fingerprint, open_pool, read_manifest, step_pair
+from callbacks.resume.checkpoint_files import AtomicCheckpointIO
+from callbacks.resume.checkpointing import RunCheckpoint
+from callbacks.resume.exact_resume import ExactResume
+from datamodules.pools import folder as pool_folder
+from datamodules.pools.folder import PoolFolder, fingerprint, open_pool, read_manifest, step_pair
 from datamodules.step_pool import PoolSampler, StepPoolDataModule
+from datamodules.stream.order import StoredOrder
 from experiments import run
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.objectives.dpo import DPO
 from lightning_modules.objectives.spo import SPO
 from lightning_modules.references import AdapterOff
-from lightning_modules.step_sampling import StepSampler
-from lightning_modules.step_scoring import RandomScorer
+from lightning_modules.sampling.step_sampler import StepSampler
+from lightning_modules.sampling.step_scorers import RandomScorer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning")
 

@@ -15,15 +15,15 @@ from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.policies.tiny_decoder import TinyDecoder
 from lightning_modules.rewards import StepAwarePreferenceModel
 from lightning_modules.rewards.base import RewardModel, StepRewardModel
-from lightning_modules.schedule import NoiseSchedule
-from lightning_modules.step_sampling import Comparisons, Draws, SeededDraws, StepSampler, best_and_worst
-from lightning_modules.step_scoring import (
+from lightning_modules.sampling.step_sampler import Comparisons, Draws, SeededDraws, StepSampler, best_and_worst
+from lightning_modules.sampling.step_scorers import (
     RandomScorer,
     RewardScorer,
     ShuffledScorer,
     StepAwareScorer,
     StepScorer,
 )
+from lightning_modules.schedules.discrete import NoiseSchedule
 
 PROMPTS = ("a photo of a cat on the mat", "a painting of the sea at night")
 PLAIN = {"steps": 4, "branch_from_step": 1, "candidates": 2, "threshold": 0.0}

@@ -11,8 +11,8 @@ from datamodules.step_pool import StepPoolDataModule
 from experiments import run
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.tiny_decoder import TinyDecoder
-from lightning_modules.step_sampling import StepSampler
-from lightning_modules.step_scoring import RandomScorer
+from lightning_modules.sampling.step_sampler import StepSampler
+from lightning_modules.sampling.step_scorers import RandomScorer
 
 CONFIG = """
 seed_everything: 7

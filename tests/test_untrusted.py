@@ -23,15 +23,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from pairs_data import picture, write_shards
 from transformers import CLIPTextModel
 
-from datamodules.files import parse_json
-from datamodules.manifest import Manifest
-from datamodules.samples import decode_picture, pixel_members
-from datamodules.shards import IndexedShard, open_shards, write_shard
-from datamodules.tar_index import members
+from datamodules.shards.json_files import parse_json
+from datamodules.shards.manifest import Manifest
+from datamodules.shards.reader import IndexedShard, open_shards, write_shard
+from datamodules.shards.samples import decode_picture, pixel_members
+from datamodules.shards.tar_index import members
 from lightning_modules.errors import ConfigError, DataError, UserError
-from lightning_modules.pretrained import Pretrained
 from lightning_modules.rewards.clip import read_tokenizer
 from lightning_modules.rewards.step_aware import StepAwarePreferenceModel
+from lightning_modules.weights.pretrained import Pretrained
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("lightning_modules", "datamodules", "callbacks", "experiments")
@@ -251,7 +251,7 @@ def test_a_picture_bomb_is_refused_from_its_header(data: bytes) -> None:
 def test_sizes_in_webp_headers_are_read_as_pillow_reads_them() -> None:
     from PIL import Image
 
-    from datamodules.samples import _webp_size
+    from datamodules.shards.samples import _webp_size
 
     for options in ({"lossless": True}, {"quality": 60}, {"lossless": True, "exif": b"Exif\0\0x"}):
         out = io.BytesIO()

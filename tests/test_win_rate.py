@@ -11,14 +11,14 @@ from rich.console import Console
 from tiny_world import PROMPTS, QUICK, make, pairs, trainer
 from torch.utils.data import DataLoader
 
-from callbacks.statistics import Mean, WinCount, wilson_interval
+from callbacks.evaluation.statistics import Mean, WinCount, wilson_interval
 from callbacks.win_rate import Report, WinRate
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.objectives import SFT
 from lightning_modules.policies.adaptation import FullFineTuning, LoRA
 from lightning_modules.references import AdapterOff, FrozenCopy
 from lightning_modules.rewards.base import RewardModel
-from lightning_modules.sampling import Sampler
+from lightning_modules.sampling.pictures import Sampler
 
 
 class Brightness(RewardModel):

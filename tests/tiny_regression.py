@@ -7,8 +7,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from callbacks.checkpoint_files import AtomicCheckpointIO
-from callbacks.checkpointing import RunCheckpoint
+from callbacks.resume.checkpoint_files import AtomicCheckpointIO
+from callbacks.resume.checkpointing import RunCheckpoint
 
 BATCHES = 10
 

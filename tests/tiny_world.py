@@ -9,7 +9,7 @@ from lightning_modules.batches import PreferencePairs
 from lightning_modules.objectives import DPO
 from lightning_modules.policies.adaptation import LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
-from lightning_modules.sampling import Sampler
+from lightning_modules.sampling.pictures import Sampler
 
 QUICK = Sampler(steps=2, guidance_scale=2.0)
 PROMPTS = ["a red circle", "two blue squares", "a green triangle"]

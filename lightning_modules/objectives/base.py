@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_modules.batches import Conditioning, DenoiserQuery
-from lightning_modules.schedule import NoiseSchedule
+from lightning_modules.schedules.discrete import NoiseSchedule
 
 
 @dataclass(frozen=True)

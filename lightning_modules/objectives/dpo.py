@@ -16,7 +16,7 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.objectives.base import LossOutput, Objective
 from lightning_modules.objectives.metrics import accuracy, by_quarter
 from lightning_modules.randomness import randint, randn
-from lightning_modules.schedule import NoiseSchedule
+from lightning_modules.schedules.discrete import NoiseSchedule
 
 
 class PairLoss(ABC):

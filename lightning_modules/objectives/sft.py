@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_modules.batches import Conditioning, DenoiserQuery, LatentPairs
 from lightning_modules.objectives.base import LossOutput, Objective
 from lightning_modules.randomness import randint, randn
-from lightning_modules.schedule import NoiseSchedule
+from lightning_modules.schedules.discrete import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from lightning_modules.batches import Conditioning, DenoiserQuery, StepPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.objectives.base import LossOutput, Objective
 from lightning_modules.objectives.metrics import accuracy, by_quarter
-from lightning_modules.schedule import NoiseSchedule, gaussian_log_prob
+from lightning_modules.schedules.discrete import NoiseSchedule, gaussian_log_prob
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_modules.batches import Conditioning, DenoiserQuery
-from lightning_modules.schedule import NoiseSchedule
+from lightning_modules.schedules.discrete import NoiseSchedule
 
 
 class DiffusionPolicy(nn.Module, ABC):

@@ -10,7 +10,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from lightning_modules.batches import Conditioning
 from lightning_modules.policies.stable_diffusion import StableDiffusion, component_source, load_model, tokenize
-from lightning_modules.pretrained import Pretrained
+from lightning_modules.weights.pretrained import Pretrained
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -21,9 +21,9 @@ from lightning_modules.batches import Conditioning, DenoiserQuery
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.adaptation import Adaptation
 from lightning_modules.policies.base import DiffusionPolicy
-from lightning_modules.pretrained import DTYPES, Pretrained
 from lightning_modules.randomness import randn
-from lightning_modules.schedule import NoiseSchedule
+from lightning_modules.schedules.discrete import NoiseSchedule
+from lightning_modules.weights.pretrained import DTYPES, Pretrained
 
 
 class StableDiffusion(DiffusionPolicy):

@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_modules.pretrained import DTYPES, Pretrained
+from lightning_modules.weights.pretrained import DTYPES, Pretrained
 
 
 class TinyDecoder(nn.Module):

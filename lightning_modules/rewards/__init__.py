@@ -2,7 +2,6 @@
 
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.rewards.pickscore import PickScore
-from lightning_modules.rewards.shapes import ShapesReward
 from lightning_modules.rewards.step_aware import StepAwarePreferenceModel
 
-__all__ = ["PickScore", "RewardModel", "ShapesReward", "StepAwarePreferenceModel"]
+__all__ = ["PickScore", "RewardModel", "StepAwarePreferenceModel"]

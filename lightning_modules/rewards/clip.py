@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor
 
-from lightning_modules.pretrained import Pretrained
+from lightning_modules.weights.pretrained import Pretrained
 
 CONTEXT_LENGTH = 77  # tokens CLIP was trained with, begin and end included; smaller models' tokenizers say less
 

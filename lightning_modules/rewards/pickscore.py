@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPModel
 
-from lightning_modules.pretrained import DTYPES, Pretrained
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.rewards.clip import ClipPreprocessing, image_embeds, read_tokenizer, text_embeds, tokenize
+from lightning_modules.weights.pretrained import DTYPES, Pretrained
 
 
 class PickScore(RewardModel):

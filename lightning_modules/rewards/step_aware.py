@@ -19,10 +19,10 @@ from transformers import CLIPConfig, CLIPModel
 
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import beside, follow_umask
-from lightning_modules.pretrained import DTYPES, Pretrained
 from lightning_modules.rewards.base import RewardModel, StepRewardModel
 from lightning_modules.rewards.clip import ClipPreprocessing, read_tokenizer, text_embeds, tokenize
-from lightning_modules.weights import UNREADABLE, mismatch
+from lightning_modules.weights.audit import UNREADABLE, mismatch
+from lightning_modules.weights.pretrained import DTYPES, Pretrained
 
 FREQUENCIES = 256  # numbers a timestep becomes before the MLP; the published models' size
 

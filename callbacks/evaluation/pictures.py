@@ -1,0 +1,126 @@
+"""What every callback that makes pictures shares: an undisturbed policy, spread work, gathered results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from jaxtyping import Float
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from callbacks.clock import EVALUATION
+from callbacks.resume.preemption import preemption
+from lightning_modules.alignment import AlignmentModule
+from lightning_modules.errors import ConfigError
+from lightning_modules.sampling.pictures import Denoise, Sampler, initial_noise
+from lightning_modules.weights.sharding import whole
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture to make: its prompt, and the key of all its random draws."""
+
+    prompt: str
+    key: tuple[int | str, ...]
+
+
+def alignment(module: pl.LightningModule, who: str) -> AlignmentModule:
+    """The module, if it has a policy to draw with.
+
+    Raises:
+        ConfigError: it is another kind of module; ``who`` is the callback that the message names.
+    """
+    if not isinstance(module, AlignmentModule):
+        kind = type(module).__name__
+        raise ConfigError(f"{who} draws with an AlignmentModule's policy and the model is a {kind}; remove it")
+    return module
+
+
+@contextmanager
+def undisturbed(module: AlignmentModule) -> Iterator[None]:
+    """Evaluate within training: no gradient, no dropout, and afterwards modes and global generators as before.
+
+    The weights are their average, where the module keeps one. All ranks must enter it. Within it each has whole
+    weights, to draw as many pictures as fall to it.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    # Inference mode, which Lightning validates in, would poison tensors that a policy caches and later trains with.
+    with (
+        EVALUATION.running(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        isolate_rng(),
+        whole(*module.denoisers()),
+        module.averaged(),
+    ):
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
+
+
+def make_pictures(
+    trainer: pl.Trainer,
+    module: AlignmentModule,
+    sampler: Sampler,
+    denoise: Denoise,
+    shots: Sequence[Shot],
+    image_size: int | None = None,
+) -> Float[Tensor, "n 3 H W"]:
+    """One batch of pictures in [0, 1], in the run's precision. Call it within ``undisturbed``."""
+    noise, generators = initial_noise(module.policy, [shot.key for shot in shots], image_size)
+    with trainer.precision_plugin.forward_context():
+        return sampler.generate(module.policy, denoise, [shot.prompt for shot in shots], noise, generators)
+
+
+def my_share(trainer: pl.Trainer, items: Sequence[T], batch_size: int, title: str) -> Iterator[Sequence[T]]:
+    """This rank's items (every world-th) in batches, with a progress bar on rank 0.
+
+    Within ``fit`` all ranks agree before every batch whether a signal has come, also those that have none left; use it
+    within ``interruptible``.
+    """
+    mine = items[trainer.global_rank :: trainer.world_size]
+    most = len(items[:: trainer.world_size])  # rank 0's
+    leaving = preemption(trainer)
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with Tqdm(total=len(mine), desc=title, leave=False, disable=not shown) as bar:
+        for start in range(0, most, batch_size):
+            if leaving is not None:
+                leaving.give_up_if_asked(
+                    trainer, f"{title} after {start * trainer.world_size} of {len(items)} pictures"
+                )
+            batch = mine[start : start + batch_size]
+            if batch:
+                yield batch
+                bar.update(len(batch))
+
+
+def gathered(trainer: pl.Trainer, mine: list[T]) -> list[T]:
+    """All ranks' results in the order of the items that ``my_share`` dealt, on every rank. Call it on every rank."""
+    if trainer.world_size == 1:
+        return mine
+    parts: list[list[T]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(parts, mine)
+    total = sum(len(part) for part in parts)
+    return [parts[i % trainer.world_size][i // trainer.world_size] for i in range(total)]
+
+
+def policy_step(trainer: pl.Trainer) -> int:
+    """Optimizer steps that the policy has seen; outside of fit that of the checkpoint under evaluation, or 0."""
+    if trainer.state.fn == TrainerFn.FITTING:
+        return trainer.global_step
+    if trainer.ckpt_path is None:
+        return 0
+    checkpoint: dict[str, Any] = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+    return int(checkpoint["global_step"])

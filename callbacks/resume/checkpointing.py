@@ -1,0 +1,168 @@
+"""When a run is saved, and how many of its checkpoints are kept."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+from weakref import proxy
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from callbacks.resume.checkpoint_files import STEP_NAME, newest_checkpoint, written
+from lightning_modules.errors import ConfigError, DataError, UserError
+
+
+class AfterStep(Callback):
+    """Does something after a step, once. The checkpoint of that step may have been written before.
+
+    Attributes:
+        unsaved: whether something was done that ``RunCheckpoint`` has not saved.
+    """
+
+    unsaved = False
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """The newest few checkpoints and ``last.ckpt``, in the run folder's ``checkpoints``.
+
+    Saves every so many steps or minutes, when a pool is used up (sampling the next may take longer than training on
+    it), on a signal (``Preemption``), and at the end of the training. All of them count alike.
+
+    Args:
+        every_n_steps: optimizer steps between checkpoints.
+        keep: how many to keep beside ``last.ckpt``, the newest; -1 keeps all.
+        every_n_minutes: save also at the end of the first optimizer step that many minutes after the last save.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        DataError: a checkpoint cannot be written.
+    """
+
+    def __init__(self, every_n_steps: int = 500, keep: int = 2, every_n_minutes: float | None = None) -> None:
+        if every_n_steps < 1 or keep < -1 or (every_n_minutes is not None and every_n_minutes <= 0):
+            raise ConfigError(
+                "RunCheckpoint wants every_n_steps of at least 1, keep of at least -1 (which keeps all) and "
+                f"every_n_minutes above 0 or null, got {every_n_steps}, {keep} and {every_n_minutes}"
+            )
+        super().__init__(
+            filename="step={step:07d}",
+            auto_insert_metric_name=False,
+            save_top_k=-1,  # which to keep is decided by what lies in the folder: a list in memory dies with a process
+            save_last=True,  # a copy; a link can dangle when the process is killed between its two steps
+            enable_version_counter=False,  # else a resumed run writes last-v1.ckpt beside last.ckpt
+            every_n_train_steps=every_n_steps,
+        )
+        self.every_n_steps, self.keep, self.every_n_minutes = every_n_steps, keep, every_n_minutes
+        self._saved_at = 0.0
+        self._step = 0
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__qualname__  # other settings don't make it another callback
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        with warnings.catch_warnings():
+            # It is when a run is resumed; the command line refuses to start another run there.
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_at, self._step = time.monotonic(), trainer.global_step
+        newest = newest_checkpoint(self._folder) if trainer.is_global_zero and trainer.ckpt_path is not None else None
+        from_newest = newest is not None and newest.samefile(str(trainer.ckpt_path))
+        # Where a step has a file and last.ckpt is older, the run was killed between the two.
+        if trainer.strategy.broadcast(from_newest and newest == self._folder / "last.ckpt"):
+            self._last_global_step_saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._step:
+            return  # gradients are being accumulated
+        self._step = step
+        pools = trainer.reload_dataloaders_every_n_epochs == 1  # type: ignore[attr-defined]  # put there by a connector
+        pool_used_up = pools and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if step % self.every_n_steps == 0 or pool_used_up or self._minutes_are_over(trainer):
+            log_step(trainer)
+            self.save_now(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save_now(trainer)
+
+    def save_now(self, trainer: pl.Trainer) -> None:
+        """Write what the run stands at, unless it is saved already; all ranks must call it."""
+        later = [callback for callback in callbacks_of(trainer) if isinstance(callback, AfterStep)]
+        if trainer.global_step > 0 and any(callback.unsaved for callback in later):
+            self._last_global_step_saved = -1
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.keep != 0:
+            self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
+        self._save_last_checkpoint(trainer, candidates)
+        self._saved_at = time.monotonic()
+        for callback in later:
+            callback.unsaved = False
+        if trainer.is_global_zero:
+            self._clear_away(trainer)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.dirpath))
+
+    def _clear_away(self, trainer: pl.Trainer) -> None:
+        """Delete what is too old, and what writers left that were killed: this process is the only one that writes."""
+        named = [file for file in self._folder.glob("step=*.ckpt") if STEP_NAME.fullmatch(file.name)]
+        old = sorted(named, key=written)[: -self.keep] if self.keep > 0 else []
+        for file in (*old, *self._folder.glob("*.ckpt.part")):
+            trainer.strategy.remove_checkpoint(file)
+
+    def _minutes_are_over(self, trainer: pl.Trainer) -> bool:
+        """By the clock of rank 0."""
+        if self.every_n_minutes is None:
+            return False
+        over = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        return trainer.strategy.reduce_boolean_decision(over and trainer.is_global_zero, all=False)
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """As Lightning's, but when rank 0 fails, the others don't wait for it in a barrier."""
+        failure: UserError | None = None
+        try:
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+            trainer.strategy.save_checkpoint(checkpoint, filepath)
+        except UserError as error:
+            failure = error
+        fine = trainer.strategy.reduce_boolean_decision(failure is None, all=True)
+        if failure is not None:
+            raise failure
+        if not fine:
+            raise DataError("another process of this run could not write the checkpoint; its message says why")
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+
+def log_step(trainer: pl.Trainer) -> None:
+    """Write the metrics of the step that just ended to the loggers, which Lightning does only after all callbacks.
+
+    What a checkpoint holds is not trained again: a run that ends between the two would lack them for ever. Lightning
+    writes them once more, the same.
+    """
+    trainer._logger_connector.update_train_step_metrics()
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """All callbacks of a trainer, in the order of their calls."""
+    return trainer.callbacks  # type: ignore[attr-defined]  # put there by a connector

@@ -1,0 +1,86 @@
+"""``predict``: pictures for a list of prompts, one file each."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from rich.console import Console
+
+from callbacks.evaluation.pictures import (
+    Shot,
+    alignment,
+    gathered,
+    make_pictures,
+    my_share,
+    policy_step,
+    undisturbed,
+)
+from callbacks.files import write_atomically
+from callbacks.sample_grid import to_uint8
+from datamodules.prompts import prompt_texts
+from lightning_modules.errors import ConfigError
+from lightning_modules.sampling.pictures import Sampler
+
+
+class SavePictures(Callback):
+    """Writes one PNG a prompt, and ``pictures.json`` that says which is which; idle in every job but ``predict``.
+
+    Args:
+        prompts: texts, or a prompt file.
+        sampler: how the pictures are made.
+        images_per_prompt: pictures a prompt.
+        output: where to; None takes ``pictures/step=*`` in the run folder.
+        batch_size: pictures at a time on one device.
+        image_size: side in pixels; None takes the policy's own.
+        seed: of the noise, which is keyed by prompt and picture.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str] | str | None = None,
+        sampler: Sampler = Sampler(),  # noqa: B008  # frozen
+        images_per_prompt: int = 1,
+        output: str | None = None,
+        batch_size: int = 8,
+        image_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.prompts, self.sampler, self.images_per_prompt, self.output = prompts, sampler, images_per_prompt, output
+        self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make and write all pictures.
+
+        Raises:
+            ConfigError: no prompts were given.
+        """
+        if self.prompts is None:
+            raise ConfigError("predict draws pictures and has no prompts; give --pictures.prompts=FILE")
+        module = alignment(pl_module, "predict")
+        texts = prompt_texts(self.prompts)
+        step = policy_step(trainer)
+        folder = Path(self.output or Path(trainer.default_root_dir) / "pictures" / f"step={step:07d}")
+        shots = [Shot(text, (self.seed, "pictures", p, i)) for p, text in enumerate(texts) for i in self._range()]
+        mine = []
+        with undisturbed(module):
+            for batch in my_share(trainer, shots, self.batch_size, "pictures"):
+                denoise = module.policy.predict_noise
+                images = make_pictures(trainer, module, self.sampler, denoise, batch, self.image_size)
+                for shot, pixels in zip(batch, to_uint8(images)):
+                    name = f"{shot.key[2]:05d}_{shot.key[3]:02d}.png"
+                    buffer = io.BytesIO()
+                    Image.fromarray(pixels).save(buffer, format="PNG")
+                    write_atomically(folder / name, buffer.getvalue())
+                    mine.append({"file": name, "prompt": shot.prompt})
+        entries = gathered(trainer, mine)
+        if trainer.is_global_zero:
+            write_atomically(folder / "pictures.json", json.dumps(entries, indent=1, ensure_ascii=False).encode())
+            Console().print(f"{len(entries)} pictures: {folder}", soft_wrap=True)
+
+    def _range(self) -> range:
+        return range(self.images_per_prompt)

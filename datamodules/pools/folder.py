@@ -1,0 +1,333 @@
+"""A pool of step pairs on disk: chunks of prompts, each written once by one process, and a manifest when all are there.
+
+``<pool>/00012.tar`` holds the pairs of chunk 12, in the order of its prompts, then of the steps; ``00012.json`` is
+written after it and says that the chunk is done and what was compared (a chunk without a valid pair has no tar
+file). ``manifest.json`` comes last: with it the pool is an ordinary folder of shards of the kind "steps".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datamodules.shards.bad_samples import BadSampleError
+from datamodules.shards.json_files import read_json, write_json
+from datamodules.shards.manifest import MANIFEST, Manifest, ShardInfo
+from datamodules.shards.reader import ShardSet, open_shards, write_shard
+from datamodules.shards.samples import Sample, step_members
+from lightning_modules.batches import StepPairs
+from lightning_modules.errors import DataError
+from lightning_modules.sampling.step_sampler import Comparisons, Rollout
+
+# A network file system may show a file some seconds after another machine has written it.
+VISIBLE_WITHIN_SECONDS = 30.0
+QUANTILES = (10, 50, 90, 100)  # of the score gaps, in percent; to choose a threshold by
+# A pool's samples come in random order: reopening a shard for each would cost more than an index in memory.
+MAX_OPEN_SHARDS = 512
+SHARE = "give a folder that all machines share as data.pools_dir"
+
+
+class PoolFolder:
+    """Writes and reads one pool.
+
+    Args:
+        path: the pool's own folder.
+        chunks: how many chunks of prompts it is made of.
+    """
+
+    def __init__(self, path: Path, chunks: int) -> None:
+        self.path, self.chunks = path, chunks
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / MANIFEST).exists()
+
+    def create(self) -> None:
+        """
+        Raises:
+            DataError: the folder cannot be made, or not be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # One that exists may be read-only, and should say so before hours of sampling.
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def mark(self, name: str) -> None:
+        """Leave a file for other processes to look for.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        try:
+            (self.path / name).touch()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(
+            f"cannot make the pool folder {self.path} or write to it: {error.strerror or error}; "
+            "give a folder that can be written to as data.pools_dir"
+        )
+
+    def shows(self, name: str) -> bool:
+        """Whether a file that another process has left appears here."""
+        return _comes_true((self.path / name).exists)
+
+    def missing(self) -> list[int]:
+        """Chunks that nobody has finished."""
+        return [chunk for chunk in range(self.chunks) if not self._record(chunk).exists()]
+
+    def write(
+        self, chunk: int, first_key: int, rollout: Rollout, transitions: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        """One chunk, atomically; its record last.
+
+        Args:
+            chunk: its number.
+            first_key: the number of its first possible pair in the pool; a prompt has ``len(transitions)`` of them.
+            rollout: of the chunk's prompts.
+            transitions: the timesteps of a trajectory, in order.
+            dtype: what latents are stored in.
+
+        Raises:
+            DataError: the disk does not take it; nothing is left behind.
+        """
+        shard = None
+        if len(rollout.pairs):
+            samples = _samples(rollout, first_key, transitions, dtype)
+            shard = asdict(write_shard(self.path / f"{chunk:05d}.tar", samples))
+        write_json(self._record(chunk), {"shard": shard, "comparisons": _to_json(rollout.comparisons)})
+
+    def wait_for_chunks(self) -> None:
+        """
+        Raises:
+            DataError: chunks that other processes have written do not appear here.
+        """
+        if not _comes_true(lambda: not self.missing()):
+            missing = self.missing()
+            raise DataError(
+                f"{self.path}: {len(missing)} of {self.chunks} chunks (the first is {missing[0]}) that other processes "
+                f"wrote do not appear on this machine; {SHARE}"
+            )
+
+    def wait_for_manifest(self) -> None:
+        """
+        Raises:
+            DataError: the manifest that rank 0 has written does not appear here.
+        """
+        if not _comes_true(lambda: self.finished):
+            raise DataError(f"{self.path / MANIFEST} does not appear on this machine; {SHARE}")
+
+    def complete(self, settings: Mapping[str, Any]) -> None:
+        """Write the manifest, from the records of all chunks."""
+        records = [read_json(self._record(chunk)) for chunk in range(self.chunks)]
+        try:
+            shards = tuple(ShardInfo(**record["shard"]) for record in records if record["shard"] is not None)
+            comparisons = Comparisons.cat([_from_json(record["comparisons"]) for record in records])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{self.path}: a chunk's record is damaged ({reason}); delete the pool's folder") from error
+        counts = {
+            "prompts": comparisons.gaps.shape[1],
+            "comparisons": comparisons.gaps.numel(),
+            "pairs": sum(shard.samples for shard in shards),
+        }
+        manifest = Manifest(
+            "steps", shards, counts, dict(settings), digest(settings), statistics=_statistics(comparisons)
+        )
+        manifest.write(self.path)
+
+    def _record(self, chunk: int) -> Path:
+        return self.path / f"{chunk:05d}.json"
+
+
+def _comes_true(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + VISIBLE_WITHIN_SECONDS
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return condition()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished pool.
+
+    Raises:
+        DataError: there is none, or the folder holds something else.
+    """
+    manifest = Manifest.read(folder / MANIFEST)
+    if manifest.kind != "steps":
+        raise DataError(f"{folder} holds {manifest.kind}, not pairs of denoising steps; name a pool's folder")
+    sampler = manifest.settings.get("sampler")
+    needed = (
+        (manifest.counts, ["pairs", "prompts"]),
+        (manifest.statistics, [f"score_gap/quantile{q}" for q in QUANTILES]),
+        (sampler if isinstance(sampler, dict) else {}, ["steps", "threshold", "eta", "guidance_scale"]),
+    )
+    missing = [name for there, names in needed for name in names if name not in there]
+    if missing or manifest.counts["pairs"] != sum(shard.samples for shard in manifest.shards):
+        raise DataError(f"{folder / MANIFEST} is damaged or no pool's; delete the pool's folder, a run makes it anew")
+    return manifest
+
+
+def open_pool(folder: Path) -> ShardSet:
+    """The pairs of a finished pool that has some."""
+    return open_shards(str(folder), max_open=MAX_OPEN_SHARDS)
+
+
+def step_pair(sample: Sample, index: int) -> StepPairs:
+    """A stored pair as a batch of one, in fp32.
+
+    Raises:
+        DataError: the sample is damaged.
+    """
+    try:
+        info, latents = sample.info(), sample.tensors("step", latents=3, chosen=3, rejected=3)
+        if len({value.shape for value in latents.values()}) != 1:
+            raise sample.bad("its tensors have different shapes")
+        if not 0 <= float(info["score_gap"]) <= 1:
+            raise sample.bad(f"score_gap must lie in [0, 1], got {str(info['score_gap'])[:80]}")
+        apart = latents["rejected_latents"].float()[None] if "rejected_latents" in latents else None
+        return StepPairs(
+            latents=latents["latents"].float()[None],
+            chosen=latents["chosen"].float()[None],
+            rejected=latents["rejected"].float()[None],
+            timesteps=torch.tensor([int(info["timestep"])]),
+            prev_timesteps=torch.tensor([int(info["prev_timestep"])]),
+            prompts=(info["caption"],),
+            score_gap=torch.tensor([float(info["score_gap"])]),
+            indices=torch.tensor([index]),
+            rejected_latents=apart,
+        )
+    except BadSampleError as error:
+        raise DataError(f"{error.sample}; delete its pool, a run makes it anew") from error
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise DataError(
+            f"{sample.bad(f'no whole step ({error})').sample}; delete its pool, a run makes it anew"
+        ) from error
+
+
+def collate_steps(parts: Sequence[StepPairs]) -> StepPairs:
+    """One batch from batches of one pool.
+
+    Raises:
+        DataError: they are not alike.
+    """
+    forms = {(part.latents.shape, part.rejected_latents is None) for part in parts}
+    if len(forms) > 1:
+        raise DataError("a pool's pairs have different shapes; it was put together of several, delete it")
+
+    def stacked(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    return StepPairs(
+        latents=stacked("latents"),
+        chosen=stacked("chosen"),
+        rejected=stacked("rejected"),
+        timesteps=stacked("timesteps"),
+        prev_timesteps=stacked("prev_timesteps"),
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        score_gap=stacked("score_gap"),
+        indices=stacked("indices"),
+        rejected_latents=None if parts[0].rejected_latents is None else stacked("rejected_latents"),
+    )
+
+
+def digest(value: Any) -> str:
+    """A short hash of plain values."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=6).hexdigest()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of a network: of all weights under training, of some numbers of each frozen tensor, of its settings.
+
+    The frozen ones change only with the settings that name them, so that a few numbers tell them apart, and reading
+    all of a large model for every pool would take longer than its prompts' first step.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for name, part in module.named_modules():
+        plain = {key: value for key, value in vars(part).items() if isinstance(value, bool | int | float | str)}
+        shown = sorted((key, value) for key, value in plain.items() if not key.startswith("_") and key != "training")
+        found.update(repr((name, type(part).__name__, shown)).encode())
+    for name, parameter in module.named_parameters():
+        values = parameter.detach().reshape(-1)
+        if not parameter.requires_grad:
+            values = values[:: max(1, len(values) // 64)]
+        found.update(repr((name, tuple(parameter.shape), str(parameter.dtype))).encode())
+        found.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _samples(
+    rollout: Rollout, first_key: int, transitions: Sequence[int], dtype: torch.dtype
+) -> Iterator[tuple[int, dict[str, bytes]]]:
+    """The chunk's pairs by prompt, then step, so that a pool's order does not depend on the size of its chunks."""
+    pairs = rollout.pairs
+    tensors = {"latents": pairs.latents, "chosen": pairs.chosen, "rejected": pairs.rejected}
+    if pairs.rejected_latents is not None:
+        tensors["rejected_latents"] = pairs.rejected_latents
+    for row in rollout.prompt_rows.argsort(stable=True).tolist():
+        timestep = int(pairs.timesteps[row])
+        key = first_key + int(rollout.prompt_rows[row]) * len(transitions) + transitions.index(timestep)
+        info = {
+            "caption": pairs.prompts[row],
+            "timestep": timestep,
+            "prev_timestep": int(pairs.prev_timesteps[row]),
+            "score_gap": float(pairs.score_gap[row]),
+        }
+        yield key, step_members({name: value[row].to(dtype) for name, value in tensors.items()}, info)
+
+
+def _statistics(comparisons: Comparisons) -> dict[str, float]:
+    gaps = comparisons.gaps.flatten()
+    quantiles = gaps.quantile(torch.tensor(QUANTILES) / 100).tolist()
+    return comparisons.metrics() | {f"score_gap/quantile{q}": value for q, value in zip(QUANTILES, quantiles)}
+
+
+def _to_json(comparisons: Comparisons) -> dict[str, Any]:
+    fields = vars(comparisons)
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in fields.items()}
+
+
+def _from_json(value: Mapping[str, Any]) -> Comparisons:
+    """
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: a record that is not what ``_to_json`` makes.
+    """
+    gaps = torch.tensor(value["gaps"], dtype=torch.float32)
+    if gaps.ndim != 2:
+        raise ValueError(f"gaps of shape {tuple(gaps.shape)}")
+    found = Comparisons(
+        timesteps=torch.tensor(value["timesteps"], dtype=torch.int64),
+        judged_at=torch.tensor(value["judged_at"], dtype=torch.int64),
+        scores=torch.tensor(value["scores"], dtype=torch.float32),
+        gaps=gaps,
+        valid=torch.tensor(value["valid"], dtype=torch.bool),
+        same_choice=torch.tensor(value["same_choice"], dtype=torch.bool),
+        same_valid=torch.tensor(value["same_valid"], dtype=torch.bool),
+        unet_evaluations=int(value["unet_evaluations"]),
+        decodes=int(value["decodes"]),
+    )
+    m = len(gaps)
+    fits = (
+        gaps.numel() > 0
+        and found.valid.shape == gaps.shape
+        and found.scores.ndim == 3
+        and found.scores.shape[::2] == gaps.shape
+        and found.timesteps.shape == found.judged_at.shape == (m,)
+        and found.same_choice.ndim == 2
+        and found.same_choice.shape == found.same_valid.shape == (m, found.same_choice.shape[1])
+    )
+    if not fits or not gaps.isfinite().all() or not found.scores.isfinite().all():
+        raise ValueError(f"gaps of shape {tuple(gaps.shape)}, scores of shape {tuple(found.scores.shape)}")
+    return found

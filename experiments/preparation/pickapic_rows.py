@@ -1,0 +1,316 @@
+"""Rows of Pick-a-Pic's parquet files: found, cut into units, cleaned, and their pictures checked."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet as parquet
+from PIL import Image
+from rich.progress import Progress
+
+from datamodules.shards.manifest import LatentsKey
+from datamodules.shards.samples import decode_picture
+from lightning_modules.errors import DataError
+
+REQUIRED = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
+SMALL = ("label_0", "label_1", "caption", "has_label", "image_0_uid", "image_1_uid")
+CARRIED = ("num_example_per_prompt", "ranking_id")
+OPTIONAL = ("has_label", "image_0_uid", "image_1_uid", "model_0", "model_1", *CARRIED)
+MAX_NAMED = 20  # damaged rows that the manifest names; more say nothing new
+READ_BATCH = 32  # rows in memory at once, a process
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the shards' contents; a resumed preparation must have the same."""
+
+    shard_size: int = 1000
+    keep_ties: bool = False
+    limit: int | None = None
+    latents: LatentsKey | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of one input file that is prepared as a whole.
+
+    Attributes:
+        first_row, rows: position in the whole input, and how many rows to read.
+        first_shard: number of its first shard; numbers are reserved for the case that every row is kept.
+        duplicates: rows, by position in the whole input, that repeat an earlier preference.
+    """
+
+    number: int
+    path: str
+    row_groups: tuple[int, ...]
+    first_row: int
+    rows: int
+    first_shard: int
+    duplicates: frozenset[int] = frozenset()
+
+
+# ----------------------------------------------------------------------------------------------- files
+
+
+def find_inputs(inputs: Sequence[str], split: str) -> list[Path]:
+    """The parquet files that the command line names, in a fixed order.
+
+    Raises:
+        DataError: nothing there, or a folder without the split.
+    """
+    files: list[Path] = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            files += _of_split(path, split)
+        elif path.exists():
+            files.append(path)
+        elif glob.has_magic(name):
+            found = sorted(glob.glob(name))  # noqa: PTH207  # Path.glob takes no absolute pattern
+            if not found:
+                raise DataError(f"--input {name!r} matches no file; check the pattern")
+            files += map(Path, found)
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".parquet"):
+            files += _of_split(_download(name, split), split)
+        else:
+            raise DataError(f"--input {name!r} does not exist; give parquet files, their folder or a hub id")
+    return files
+
+
+def _of_split(folder: Path, split: str) -> list[Path]:
+    """The folder's files of a split, as in ``train-00000-of-00645-<hash>.parquet``; all if no file names a split."""
+    found = sorted(folder.rglob("*.parquet"))
+    if not found:
+        raise DataError(f"{folder} holds no parquet files; check the path or download the data again")
+    pattern = re.compile(r"(\w+)-\d+-of-\d+.*\.parquet")
+    splits = {path: match.group(1) if (match := pattern.fullmatch(path.name)) else None for path in found}
+    mine = [path for path in found if splits[path] == split]
+    if not mine and any(splits.values()):
+        names = ", ".join(sorted({name for name in splits.values() if name}))
+        raise DataError(f"{folder} holds no split {split!r}, only {names}; choose one with --split")
+    return mine or found
+
+
+def _download(repository: str, split: str) -> Path:
+    """A snapshot of a hub data set's parquet files of one split, in the hub's own cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = [f"{split}-*.parquet", f"*/{split}-*.parquet"]
+    try:
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise DataError(
+            f"--input {repository!r} is no file or folder here, and as a hub id it cannot be downloaded "
+            f"({' '.join(str(error).split())[:160]}); check the name and the network, or give a folder of parquet files"
+        ) from error
+
+
+@contextmanager
+def _parquet(path: str | Path) -> Iterator[parquet.ParquetFile]:
+    """An open parquet file; whatever is wrong with its bytes is a ``DataError`` with its name."""
+    try:
+        # A buffer makes pyarrow stream a row group's columns instead of loading them whole.
+        with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is not a whole parquet file ({reason}); download it again") from error
+
+
+def _check_columns(path: Path, schema: pyarrow.Schema) -> None:
+    missing = [name for name in REQUIRED if name not in schema.names]
+    if missing:
+        raise DataError(
+            f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}. "
+            f"Pick-a-Pic files have {', '.join(REQUIRED)}: check --input"
+        )
+    for name in ("jpg_0", "jpg_1"):
+        kind = schema.field(name).type
+        if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
+            raise DataError(f"{path}: column {name} is {kind}, expected binary (encoded pictures): check --input")
+
+
+def plan_units(files: Sequence[Path], shard_size: int, limit: int | None) -> list[Unit]:
+    """Cut the input into units, from the files' footers alone.
+
+    Raises:
+        DataError: a file is truncated or lacks a column, or there are no rows at all.
+    """
+    units: list[Unit] = []
+    row = shard = 0
+    for path in files:
+        with _parquet(path) as file:
+            _check_columns(path, file.schema_arrow)
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        for groups in _grouped(sizes, shard_size):
+            rows = sum(sizes[group] for group in groups)
+            if limit is not None:
+                rows = min(rows, limit - row)
+            if rows > 0:
+                units.append(Unit(len(units), str(path), groups, row, rows, shard))
+                row += rows
+                shard += -(-rows // shard_size)
+    if not units:
+        raise DataError(f"no rows in {', '.join(map(str, files[:3]))} ({len(files)} files); check --input and --limit")
+    return units
+
+
+def _grouped(sizes: Sequence[int], at_least: int) -> Iterator[tuple[int, ...]]:
+    """Consecutive row groups with ``at_least`` rows together; the last may have fewer."""
+    group: list[int] = []
+    for number, _ in enumerate(sizes):
+        group.append(number)
+        if sum(sizes[member] for member in group) >= at_least:
+            yield tuple(group)
+            group = []
+    if group:
+        yield tuple(group)
+
+
+def _rows(unit: Unit, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The unit's rows, with their position in the whole input, as far as it has the wanted columns."""
+    number, end = unit.first_row, unit.first_row + unit.rows
+    with _parquet(unit.path) as file:
+        columns = [name for name in wanted if name in file.schema_arrow.names]
+        batches = file.iter_batches(READ_BATCH, list(unit.row_groups), columns, use_threads=False)
+        for batch in batches:
+            for row in batch.to_pylist():
+                if number == end:
+                    return
+                yield number, row
+                number += 1
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def preference(row: Mapping[str, Any]) -> float | None:
+    """How much the first picture was preferred: 1, 0, or 0.5 for a tie; None if the row has no valid label."""
+    first, second = row["label_0"], row["label_1"]
+    if row.get("has_label") is False or first not in (0.0, 0.5, 1.0) or second != 1.0 - first:
+        return None
+    return float(first)
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """What makes two rows the same preference; None for rows without uids."""
+    first, second = row.get("image_0_uid"), row.get("image_1_uid")
+    if not first or not second:
+        return None
+    label = preference(row)
+    ordered = sorted((first, second)) if label == 0.5 else [first, second] if label == 1.0 else [second, first]
+    return (*ordered, row["caption"])
+
+
+def find_duplicates(units: Sequence[Unit], settings: Settings, progress: Progress) -> list[Unit]:
+    """The units with their repeated preferences marked; reads the small columns only, not the pictures."""
+    seen: set[bytes] = set()
+    marked = []
+    task = progress.add_task("looking for duplicates", total=sum(unit.rows for unit in units))
+    for unit in units:
+        repeated = []
+        for number, row in _rows(unit, SMALL):
+            identity = _identity(row) if _reason_to_drop(row, settings) is None else None
+            if identity is not None:
+                key = hashlib.blake2b(repr(identity).encode(), digest_size=16).digest()
+                if key in seen:
+                    repeated.append(number)
+                seen.add(key)
+        marked.append(replace(unit, duplicates=frozenset(repeated)))
+        progress.advance(task, unit.rows)
+    progress.remove_task(task)
+    return marked
+
+
+def _reason_to_drop(row: Mapping[str, Any], settings: Settings) -> str | None:
+    """The count under which a row is dropped without looking at its pictures."""
+    label = preference(row)
+    if label is None:
+        return "unlabelled_dropped"
+    if label == 0.5 and not settings.keep_ties:
+        return "ties_dropped"
+    return None if row["caption"] else "without_caption_dropped"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A usable row: encoded and decoded pictures, and what the sample's json says."""
+
+    number: int
+    chosen: bytes
+    rejected: bytes
+    chosen_image: Image.Image
+    rejected_image: Image.Image
+    info: dict[str, Any]
+
+
+def _pair(number: int, row: Mapping[str, Any]) -> Pair:
+    """
+    Raises:
+        DataError: a picture is missing or does not decode.
+    """
+    label = preference(row)
+    assert label is not None
+    first, second = (0, 1) if label >= 0.5 else (1, 0)
+    images = []
+    for side in (first, second):
+        if not row[f"jpg_{side}"]:
+            raise DataError(f"jpg_{side} is empty")
+        try:
+            images.append(decode_picture(row[f"jpg_{side}"]))
+        except DataError as error:
+            raise DataError(f"jpg_{side}: {error}") from error
+    info: dict[str, Any] = {"caption": row["caption"], "label": max(label, 1.0 - label), "row": number}
+    for role, side, image in (("chosen", first, images[0]), ("rejected", second, images[1])):
+        info[f"{role}_size"] = [image.height, image.width]
+        for field, column in (("uid", f"image_{side}_uid"), ("model", f"model_{side}")):
+            if row.get(column) is not None:
+                info[f"{role}_{field}"] = row[column]
+    info.update({name: row[name] for name in CARRIED if row.get(name) is not None})
+    return Pair(number, row[f"jpg_{first}"], row[f"jpg_{second}"], images[0], images[1], info)
+
+
+def usable_pairs(unit: Unit, settings: Settings, counts: Counter[str], corrupt: list[str]) -> Iterator[Pair]:
+    """The unit's pairs; what is dropped goes into ``counts`` and the first damaged rows' names into ``corrupt``."""
+    seen: set[bytes] = set()
+    for number, row in _rows(unit, (*REQUIRED, *OPTIONAL)):
+        counts["rows_read"] += 1
+        reason = _reason_to_drop(row, settings)
+        if reason is None and (number in unit.duplicates or _repeats(row, seen)):
+            reason = "duplicates_dropped"
+        if reason is not None:
+            counts[reason] += 1
+            continue
+        try:
+            pair = _pair(number, row)
+        except DataError as error:
+            counts["corrupt_dropped"] += 1
+            if len(corrupt) < MAX_NAMED:
+                uids = f" ({row['image_0_uid']}, {row.get('image_1_uid')})" if row.get("image_0_uid") else ""
+                corrupt.append(f"{Path(unit.path).name}, row {number}{uids}: {error}")
+            continue
+        counts["ties_kept"] += pair.info["label"] == 0.5
+        counts["pairs"] += 1
+        yield pair
+
+
+def _repeats(row: Mapping[str, Any], seen: set[bytes]) -> bool:
+    """Whether a row without uids has the caption and the pictures of an earlier one."""
+    if _identity(row) is not None:
+        return False
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (row["jpg_0"] or b"", row["jpg_1"] or b"", row["caption"].encode(), str(row["label_0"]).encode()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    repeated = digest.digest() in seen
+    seen.add(digest.digest())
+    return repeated
