@@ -12,8 +12,9 @@ from comparison_runs import BASE, cost, write_run
 from PIL import Image
 
 from callbacks.evaluation.statistics import wilson_interval
-from experiments.compare import labelled, main, quality, tables
+from experiments.compare import labelled, main
 from experiments.comparison.figures import amount
+from experiments.comparison.page import quality, tables
 from experiments.comparison.runs import Comparison, Run
 from lightning_modules.errors import ConfigError, DataError
 

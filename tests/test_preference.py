@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import experiments
 from callbacks.export_preference import ExportPreferenceModel
-from datamodules.shapes.data import as_unit, draw_imperfect, prompt_splits, random_numbers
+from datamodules.shapes.drawing import as_unit, draw_imperfect, prompt_splits, random_numbers
 from experiments import prepare_feedback, prepare_pickapic, run
 from experiments.cli.compose import find_config
 from experiments.shapes import build_pipeline as build_shapes_pipeline
@@ -27,7 +27,8 @@ from lightning_modules.preference import HumanLabels, RewardLabels, StepAwarePre
 from lightning_modules.preference_loss import preference_loss
 from lightning_modules.rewards import PickScore, StepAwarePreferenceModel
 from lightning_modules.rewards.clip import text_embeds
-from lightning_modules.shapes.reward import Scene, ShapesReward
+from lightning_modules.shapes.reward import ShapesReward
+from lightning_modules.shapes.world import Scene
 
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 TIME_IDS = torch.tensor([64.0, 64, 0, 0, 64, 64])

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch.utils.data import DataLoader
 
-from datamodules.shapes.data import prompt_splits
+from datamodules.shapes.drawing import prompt_splits
 from experiments import prepare_pickapic, run
 from experiments.cli.compose import (
     CommandLine,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from callbacks.sample_grid import CELL, SampleGrid, grid_picture, to_uint8
 from callbacks.save_pictures import SavePictures
 from datamodules.prompts import prompt_texts
-from datamodules.shapes.data import prompt_splits
+from datamodules.shapes.drawing import prompt_splits
 from lightning_modules.errors import ConfigError
 from lightning_modules.objectives import SFT
 from lightning_modules.policies.adaptation import FullFineTuning, LoRA

@@ -13,9 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from datamodules.shapes.data import (
-    ShapesDataModule,
-    ShapesPairs,
+from datamodules.shapes.data import ShapesDataModule, ShapesPairs
+from datamodules.shapes.drawing import (
     as_unit,
     degrade,
     draw,
@@ -27,7 +26,8 @@ from datamodules.shapes.data import (
 from experiments.shapes import build_pipeline as build_shapes_pipeline
 from experiments.shapes import prepare as prepare_shapes
 from lightning_modules.errors import ConfigError
-from lightning_modules.shapes.reward import SCENES, Scene, ShapesReward
+from lightning_modules.shapes.reward import ShapesReward
+from lightning_modules.shapes.world import SCENES, Scene
 
 EMBEDDED = Path(__file__).parent.parent / "experiments" / "embedded" / "shapes"
 

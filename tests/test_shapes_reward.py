@@ -8,9 +8,10 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from datamodules.shapes.data import draw, random_numbers
+from datamodules.shapes.drawing import draw, random_numbers
 from lightning_modules.errors import DataError
-from lightning_modules.shapes.reward import COLOURS, SCENES, Scene, ShapesReward
+from lightning_modules.shapes.reward import ShapesReward
+from lightning_modules.shapes.world import COLOURS, SCENES, Scene
 
 CAPTIONS = list(SCENES)
 REWARD = ShapesReward()

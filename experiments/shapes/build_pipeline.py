@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from experiments.cli.command import run_command
 from lightning_modules.errors import ConfigError
-from lightning_modules.shapes.reward import SCENES, SIDE
+from lightning_modules.shapes.world import SCENES, SIDE
 
 TOKENS = 12  # 8 words, start and end, and two to spare
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -23,7 +23,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from datamodules.shapes.data import as_unit, draw_imperfect, prompt_splits, random_numbers
+from datamodules.shapes.drawing import as_unit, draw_imperfect, prompt_splits, random_numbers
 from experiments.cli.command import run_command
 from experiments.shapes.prepare import MISREAD, TIE
 from lightning_modules.errors import ConfigError
@@ -31,7 +31,8 @@ from lightning_modules.learning_rates import CosineWithWarmup
 from lightning_modules.preference_loss import agreement, preference_loss
 from lightning_modules.randomness import derive_seed
 from lightning_modules.rewards.clip import image_embeds, text_embeds, tokenize
-from lightning_modules.shapes.reward import SIDE, Scene, ShapesReward
+from lightning_modules.shapes.reward import ShapesReward
+from lightning_modules.shapes.world import SIDE, Scene
 from lightning_modules.weights.pretrained import Pretrained
 
 # 16 patches of 8 x 8 pixels. With its time conditioning the model has 1.1 M parameters, 2.3 MB in fp16. 64 patches of

@@ -18,11 +18,12 @@ from rich.table import Table
 from torch import Tensor
 
 from callbacks.evaluation.statistics import Mean
-from datamodules.shapes.data import as_unit, draw, draw_imperfect, prompt_splits, random_numbers
+from datamodules.shapes.drawing import as_unit, draw, draw_imperfect, prompt_splits, random_numbers
 from experiments.cli.command import run_command
 from lightning_modules.policies import FullFineTuning, StableDiffusion
 from lightning_modules.sampling.pictures import Sampler, initial_noise
-from lightning_modules.shapes.reward import SCENES, Scene, ShapesReward
+from lightning_modules.shapes.reward import ShapesReward
+from lightning_modules.shapes.world import SCENES, Scene
 
 GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0, 5.0)
 PICTURES = 4  # a prompt

@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 import torch
 from rich.progress import track
 
-from datamodules.shapes.data import as_unit, draw_imperfect, prompt_splits, random_numbers
+from datamodules.shapes.drawing import as_unit, draw_imperfect, prompt_splits, random_numbers
 from experiments.cli.command import run_command
 from experiments.preparation.pickapic_schema import SCHEMA, pair_row
 from lightning_modules.errors import ConfigError
 from lightning_modules.randomness import derive_seed
-from lightning_modules.shapes.reward import Scene, ShapesReward
+from lightning_modules.shapes.reward import ShapesReward
+from lightning_modules.shapes.world import Scene
 
 TIE = 0.02  # rewards closer than that are called equal, as people's would be
 MISREAD = 0.2  # of the pictures get one word of the prompt wrong: content must be there to be preferred, beside looks
