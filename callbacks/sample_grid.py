@@ -19,13 +19,13 @@ from rich.console import Console
 from torch import Tensor
 
 from callbacks.evaluation.pictures import (
-    Shot,
+    PictureRequest,
     alignment,
+    evaluation_mode,
     gathered,
     make_pictures,
     my_share,
     policy_step,
-    undisturbed,
 )
 from callbacks.files import write_atomically
 from callbacks.resume.due_evaluations import PolicyEvaluation
@@ -88,7 +88,7 @@ class SampleGrid(PolicyEvaluation):
         """Make, write and log one grid; all ranks must call it. Returns its path."""
         module = alignment(pl_module, "SampleGrid")
         step = policy_step(trainer)
-        with interruptible(trainer), undisturbed(module):
+        with interruptible(trainer), evaluation_mode(module):
             rows = {"policy": self._row(trainer, pl_module, module.policy.predict_noise, "policy")}
             if module.reference is not None:
                 if self._reference is None:  # it never changes
@@ -108,9 +108,9 @@ class SampleGrid(PolicyEvaluation):
 
     def _row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, denoise: Any, title: str) -> list[np.ndarray]:
         module = alignment(pl_module, "SampleGrid")
-        shots = [Shot(text, (self.seed, "sample_grid", i)) for i, text in enumerate(self.texts)]
+        requests = [PictureRequest(text, (self.seed, "sample_grid", i)) for i, text in enumerate(self.texts)]
         mine: list[np.ndarray] = []
-        for batch in my_share(trainer, shots, self.batch_size, f"samples ({title})"):
+        for batch in my_share(trainer, requests, self.batch_size, f"samples ({title})"):
             images = make_pictures(trainer, module, self.sampler, denoise, batch, self.image_size)
             mine += list(to_uint8(images))
         return gathered(trainer, mine)

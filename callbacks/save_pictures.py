@@ -12,13 +12,13 @@ from PIL import Image
 from rich.console import Console
 
 from callbacks.evaluation.pictures import (
-    Shot,
+    PictureRequest,
     alignment,
+    evaluation_mode,
     gathered,
     make_pictures,
     my_share,
     policy_step,
-    undisturbed,
 )
 from callbacks.files import write_atomically
 from callbacks.sample_grid import to_uint8
@@ -65,18 +65,20 @@ class SavePictures(Callback):
         texts = prompt_texts(self.prompts)
         step = policy_step(trainer)
         folder = Path(self.output or Path(trainer.default_root_dir) / "pictures" / f"step={step:07d}")
-        shots = [Shot(text, (self.seed, "pictures", p, i)) for p, text in enumerate(texts) for i in self._range()]
+        requests = [
+            PictureRequest(text, (self.seed, "pictures", p, i)) for p, text in enumerate(texts) for i in self._range()
+        ]
         mine = []
-        with undisturbed(module):
-            for batch in my_share(trainer, shots, self.batch_size, "pictures"):
+        with evaluation_mode(module):
+            for batch in my_share(trainer, requests, self.batch_size, "pictures"):
                 denoise = module.policy.predict_noise
                 images = make_pictures(trainer, module, self.sampler, denoise, batch, self.image_size)
-                for shot, pixels in zip(batch, to_uint8(images)):
-                    name = f"{shot.key[2]:05d}_{shot.key[3]:02d}.png"
+                for request, pixels in zip(batch, to_uint8(images)):
+                    name = f"{request.key[2]:05d}_{request.key[3]:02d}.png"
                     buffer = io.BytesIO()
                     Image.fromarray(pixels).save(buffer, format="PNG")
                     write_atomically(folder / name, buffer.getvalue())
-                    mine.append({"file": name, "prompt": shot.prompt})
+                    mine.append({"file": name, "prompt": request.prompt})
         entries = gathered(trainer, mine)
         if trainer.is_global_zero:
             write_atomically(folder / "pictures.json", json.dumps(entries, indent=1, ensure_ascii=False).encode())

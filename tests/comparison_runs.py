@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from callbacks.win_rate import Report
+from callbacks.evaluation.report import Report
 
 PROTOCOL = {
     "prompts": "0123",

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from tiny_world import make, pairs, trainer
 
-from callbacks.evaluation.pictures import undisturbed
+from callbacks.evaluation.pictures import evaluation_mode
 from callbacks.export_policy import ExportPolicy
 from callbacks.resume.checkpoint_files import AtomicCheckpointIO
 from callbacks.resume.checkpointing import RunCheckpoint
@@ -62,9 +62,9 @@ class Watches(Callback):
 
     def on_train_end(self, trainer, module):
         before = weights(module)
-        with undisturbed(module):
+        with evaluation_mode(module):
             self.drawn = weights(module)
-            with undisturbed(module):
+            with evaluation_mode(module):
                 assert equal(weights(module), self.drawn)
         assert equal(weights(module), before)
 

@@ -276,7 +276,7 @@ class Killed:
 
 
 class Chain:
-    """One kind of run, once undisturbed and then killed many times.
+    """One kind of run, once evaluation_mode and then killed many times.
 
     Attributes:
         killed: all strikes so far.
@@ -296,7 +296,7 @@ class Chain:
                  "--trainer.callbacks+=kill_probe.Probe"]  # fmt: skip
         return Order(words, str(self.folder / f"{run}.log"), str(run_dir), ranks=self.kind.ranks)
 
-    def undisturbed(self, harness: Harness) -> Path:
+    def evaluation_mode(self, harness: Harness) -> Path:
         """The run as it should be. Kills are drawn from its moments and their seconds."""
         return self.finish(harness, replace(self.order("whole"), timeline=str(self.timeline)))
 
@@ -374,7 +374,7 @@ class Chain:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_killed_ten_times_ends_as_if_it_had_not_been(name: str, harness: Harness, world: Path, pipelines: Path):
     chain = Chain(name, world, pipelines)
-    whole = chain.undisturbed(harness)
+    whole = chain.evaluation_mode(harness)
     for killed in chain.strike(harness, "killed", kills=10, seed=1):
         chain.check(whole, killed)
     assert {HITS[place] for place in chain.kind.places} <= chain.hits().keys(), chain.row()
@@ -386,7 +386,7 @@ def test_a_run_killed_ten_times_ends_as_if_it_had_not_been(name: str, harness: H
 def test_fifty_kills(name: str, harness: Harness, world: Path, pipelines: Path, capsys: pytest.CaptureFixture[str]):
     """Five runs are killed ten times each, each by a server of its own: another seed of Python's hashes."""
     chain = Chain(name, world, pipelines)
-    whole = chain.undisturbed(harness)
+    whole = chain.evaluation_mode(harness)
     for seed in range(2, 7):
         with Harness() as fresh:
             runs = chain.strike(fresh, f"killed-{seed}", kills=10, seed=seed)

@@ -11,8 +11,9 @@ from rich.console import Console
 from tiny_world import PROMPTS, QUICK, make, pairs, trainer
 from torch.utils.data import DataLoader
 
+from callbacks.evaluation.report import Report
 from callbacks.evaluation.statistics import Mean, WinCount, wilson_interval
-from callbacks.win_rate import Report, WinRate
+from callbacks.win_rate import WinRate
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.objectives import SFT
 from lightning_modules.policies.adaptation import FullFineTuning, LoRA

@@ -1,4 +1,4 @@
-"""What every callback that makes pictures shares: an undisturbed policy, spread work, gathered results."""
+"""What every callback that makes pictures shares: an evaluation_mode policy, spread work, gathered results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Shot:
+class PictureRequest:
     """One picture to make: its prompt, and the key of all its random draws."""
 
     prompt: str
@@ -46,7 +46,7 @@ def alignment(module: pl.LightningModule, who: str) -> AlignmentModule:
 
 
 @contextmanager
-def undisturbed(module: AlignmentModule) -> Iterator[None]:
+def evaluation_mode(module: AlignmentModule) -> Iterator[None]:
     """Evaluate within training: no gradient, no dropout, and afterwards modes and global generators as before.
 
     The weights are their average, where the module keeps one. All ranks must enter it. Within it each has whole
@@ -75,13 +75,13 @@ def make_pictures(
     module: AlignmentModule,
     sampler: Sampler,
     denoise: Denoise,
-    shots: Sequence[Shot],
+    requests: Sequence[PictureRequest],
     image_size: int | None = None,
 ) -> Float[Tensor, "n 3 H W"]:
-    """One batch of pictures in [0, 1], in the run's precision. Call it within ``undisturbed``."""
-    noise, generators = initial_noise(module.policy, [shot.key for shot in shots], image_size)
+    """One batch of pictures in [0, 1], in the run's precision. Call it within ``evaluation_mode``."""
+    noise, generators = initial_noise(module.policy, [request.key for request in requests], image_size)
     with trainer.precision_plugin.forward_context():
-        return sampler.generate(module.policy, denoise, [shot.prompt for shot in shots], noise, generators)
+        return sampler.generate(module.policy, denoise, [request.prompt for request in requests], noise, generators)
 
 
 def my_share(trainer: pl.Trainer, items: Sequence[T], batch_size: int, title: str) -> Iterator[Sequence[T]]:

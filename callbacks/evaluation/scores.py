@@ -1,0 +1,108 @@
+"""Every reward's scores of every picture of a protocol; the reference's are made once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jaxtyping import Float
+from torch import Tensor
+
+from callbacks.evaluation.pictures import PictureRequest, gathered, make_pictures, my_share
+from callbacks.evaluation.protocol import Protocol
+from callbacks.files import write_atomically
+from lightning_modules.alignment import AlignmentModule
+from lightning_modules.errors import UserError
+from lightning_modules.rewards.base import RewardModel
+from lightning_modules.sampling.pictures import Denoise, Sampler
+
+# Column -> one number per picture. Columns are the rewards' names, and "<reward>/<part>" for their parts.
+Scores = dict[str, list[float]]
+
+
+def score_pictures(
+    trainer: pl.Trainer, module: AlignmentModule, protocol: Protocol, denoise: Denoise, whose: str
+) -> Scores:
+    """Draw and judge all pictures, in the order of ``protocol.requests()``. All ranks must call it and get all scores.
+
+    Args:
+        trainer, module: the run's.
+        protocol: which pictures, and who judges.
+        denoise: the policy's or the reference's prediction.
+        whose: name of what is drawn with, for the progress bar and for errors.
+
+    Raises:
+        UserError: a score that is not finite.
+    """
+    mine: list[dict[str, float]] = []
+    for batch in my_share(trainer, protocol.requests(), protocol.batch_size, f"win rate ({whose})"):
+        images = make_pictures(trainer, module, protocol.sampler, denoise, batch, protocol.image_size)
+        columns = score_columns(protocol.rewards, images, [request.prompt for request in batch])
+        mine += [_row(columns, i, request, whose) for i, request in enumerate(batch)]
+    rows = gathered(trainer, mine)
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _row(columns: Scores, i: int, request: PictureRequest, whose: str) -> dict[str, float]:
+    row = {name: values[i] for name, values in columns.items()}
+    bad = [name for name, value in row.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"reward {bad[0]} is {row[bad[0]]} for a picture of the {whose} ({request.prompt!r}); "
+            "the training has probably diverged: lower the learning rate"
+        )
+    return row
+
+
+def score_columns(rewards: Sequence[RewardModel], images: Float[Tensor, "n 3 H W"], prompts: Sequence[str]) -> Scores:
+    """Every reward's scores, and its parts', of n pictures in [0, 1]."""
+    columns: Scores = {}
+    for reward in rewards:
+        columns[reward.name] = reward.score(images, prompts).tolist()
+        for part, values in reward.parts(images, prompts).items():
+            columns[f"{reward.name}/{part}"] = values.tolist()
+    return columns
+
+
+def reference_scores(trainer: pl.Trainer, module: AlignmentModule, protocol: Protocol) -> Scores | None:
+    """The reference's scores; None without a reference. Read back where the same evaluation was made before.
+
+    All ranks must call it. The reference never changes, so that they are kept in the run folder.
+    """
+    if module.reference is None:
+        return None
+    denoise = module.reference.predict_noise
+    fingerprint = trainer.strategy.broadcast(_fingerprint(trainer, module, protocol, denoise))
+    path = Path(trainer.default_root_dir) / "win_rate_reference" / f"{fingerprint}.json"
+    # Rank 0 decides for all: another node may not see the file yet.
+    known: Scores | None = trainer.strategy.broadcast(read_json(path) if trainer.is_global_zero else None)
+    if known is None:
+        known = score_pictures(trainer, module, protocol, denoise, "reference")
+        if trainer.is_global_zero:
+            write_atomically(path, json.dumps(known).encode())
+    return known
+
+
+def _fingerprint(trainer: pl.Trainer, module: AlignmentModule, protocol: Protocol, denoise: Denoise) -> str:
+    """A hash of the protocol and of what reference and rewards do on one cheap picture.
+
+    What they do, instead of their weights: it covers denoiser, text encoder, autoencoder, precision and every
+    reward alike, whatever they are made of, in one denoiser pass. At worst it differs where nothing has changed.
+    """
+    requests = protocol.requests()
+    probe = Sampler(steps=1, guidance_scale=protocol.sampler.guidance_scale, eta=0.0)
+    image = make_pictures(trainer, module, probe, denoise, requests[:1], protocol.image_size)
+    columns = score_columns(protocol.rewards, image, [requests[0].prompt])
+    digest = hashlib.sha256(repr([protocol.sampler, protocol.image_size, requests, columns]).encode())
+    digest.update(image.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds, None where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else None
