@@ -18,9 +18,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from callbacks.clock import EVALUATION, Seconds
-from callbacks.files import write_atomically
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.batches import LatentPairs, PreferencePairs
+from lightning_modules.files import atomic_file
 from lightning_modules.policies.base import DiffusionPolicy
 
 # Added over the ranks.
@@ -171,7 +171,8 @@ class Cost(Callback):
     def _write(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "cost.json"
-            write_atomically(path, json.dumps(self._entries(), indent=1).encode())
+            with atomic_file(path) as file:
+                file.write(json.dumps(self._entries(), indent=1).encode())
 
     # The clock: runs from the start of the fit, but for validation and evaluations
 

@@ -27,10 +27,10 @@ from callbacks.evaluation.pictures import (
     my_share,
     policy_step,
 )
-from callbacks.files import write_atomically
 from callbacks.resume.due_evaluations import PolicyEvaluation
 from callbacks.resume.preemption import interruptible
 from datamodules.prompts import prompt_texts
+from lightning_modules.files import atomic_file
 from lightning_modules.sampling.pictures import Sampler
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,8 @@ class SampleGrid(PolicyEvaluation):
             grid = grid_picture(rows, self.texts)
             buffer = io.BytesIO()
             grid.save(buffer, format="PNG")
-            write_atomically(path, buffer.getvalue())
+            with atomic_file(path) as file:
+                file.write(buffer.getvalue())
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image("samples", np.asarray(grid), step, dataformats="HWC")

@@ -20,10 +20,10 @@ from callbacks.evaluation.pictures import (
     my_share,
     policy_step,
 )
-from callbacks.files import write_atomically
 from callbacks.sample_grid import to_uint8
 from datamodules.prompts import prompt_texts
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import atomic_file
 from lightning_modules.sampling.pictures import Sampler
 
 
@@ -77,11 +77,13 @@ class SavePictures(Callback):
                     name = f"{request.key[2]:05d}_{request.key[3]:02d}.png"
                     buffer = io.BytesIO()
                     Image.fromarray(pixels).save(buffer, format="PNG")
-                    write_atomically(folder / name, buffer.getvalue())
+                    with atomic_file(folder / name) as file:
+                        file.write(buffer.getvalue())
                     mine.append({"file": name, "prompt": request.prompt})
         entries = gathered(trainer, mine)
         if trainer.is_global_zero:
-            write_atomically(folder / "pictures.json", json.dumps(entries, indent=1, ensure_ascii=False).encode())
+            with atomic_file(folder / "pictures.json") as file:
+                file.write(json.dumps(entries, indent=1, ensure_ascii=False).encode())
             Console().print(f"{len(entries)} pictures: {folder}", soft_wrap=True)
 
     def _range(self) -> range:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from datamodules.shards.json_files import parse_json
 from lightning_modules.errors import DataError
+from lightning_modules.files import packaged
 
 # The largest published prompt list here, HPDv2's, has 100 kB a file; a text encoder reads 77 tokens of a prompt.
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -66,13 +66,7 @@ def prompt_texts(prompts: Sequence[str] | str, number: int | None = None) -> lis
     """
     if not isinstance(prompts, str):
         return list(prompts)[:number]
-    path = Path(prompts)
-    # By name, not by import: the data side may not depend on the experiments, only find their files.
-    spec = None if path.exists() else importlib.util.find_spec("experiments")
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(root) / prompts).is_file():
-            path = Path(root) / prompts
-    return [prompt.text for prompt in load_prompts(path)][:number]
+    return [prompt.text for prompt in load_prompts(packaged(prompts))][:number]
 
 
 def _text(path: Path) -> str:

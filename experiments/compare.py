@@ -17,11 +17,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from callbacks.files import write_atomically
 from experiments.cli.command import run_command
 from experiments.comparison.page import CAPTION, render, tables
 from experiments.comparison.runs import Comparison, Run
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import atomic_file
 
 FILE_WIDTH = 110  # characters per line where the output is not a terminal
 
@@ -47,12 +47,9 @@ def main(argv: Sequence[str] | None = None) -> Comparison:
     for table in tables(comparison):
         console.print(table.for_terminal())
     console.print(CAPTION, style="dim")
-    files = render(comparison)
-    try:
-        for name, content in files.items():
-            write_atomically(options.output / name, content)
-    except OSError as error:
-        raise ConfigError(f"--output {options.output} cannot be written ({error.strerror}); name another") from error
+    for name, content in render(comparison).items():
+        with atomic_file(options.output / name) as file:
+            file.write(content)
     console.print(f"page: {options.output / 'index.html'}", soft_wrap=True)
     return comparison
 

@@ -22,13 +22,14 @@ from jsonargparse import Namespace
 from rich.progress import track
 
 from datamodules.prompts import prompt_texts
-from datamodules.shards.json_files import atomic_file, read_json, write_json
+from datamodules.shards.json_files import read_json, write_json
 from experiments.cli.command import run_command
 from experiments.cli.compose import import_named
 from experiments.cli.configured_policy import load_policy
 from experiments.cli.experiment_cli import OneLineParser
 from experiments.preparation.pickapic_schema import SCHEMA, pair_row
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import atomic_file
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import derive_seed
 from lightning_modules.rewards.base import RewardModel

@@ -51,6 +51,7 @@ from experiments.preparation.pickapic_rows import (
     usable_pairs,
 )
 from lightning_modules.errors import ConfigError, DataError, UserError
+from lightning_modules.files import clear_unfinished
 
 UNITS = ".units"  # markers of finished units, in the output folder until the manifest is there
 
@@ -204,8 +205,8 @@ def output_folder(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
                 _refuse_other(folder, read_json(units / "job.json"), job)
             else:
                 write_json(units / "job.json", job)
-            for stale in [*folder.glob(".*.tmp"), *units.glob(".*.tmp")]:
-                stale.unlink()  # of a run that was killed; the lock says that none is at work
+            for place in (folder, units):  # of a run that was killed; the lock says that none is at work
+                clear_unfinished(place)
             yield
     finally:
         if (folder / MANIFEST).exists() or not list(units.glob("[0-9]*.json")):

@@ -213,9 +213,9 @@ def what_is_hit(order: Order, rank: Rank, born: int) -> str:
     def fresh(pattern: str) -> bool:
         return any(path.stat().st_mtime_ns > born for path in Path(order.run_dir).glob(pattern))
 
-    if fresh("checkpoints/*.part"):
+    if fresh("checkpoints/.*.ckpt-unfinished-*"):
         return "writing a checkpoint"
-    return "writing a shard" if fresh("pools/*/.*.tar.*.tmp") else rank.board.phase
+    return "writing a shard" if fresh("pools/*/.*.tar-unfinished-*") else rank.board.phase
 
 
 def wait_for(condition: Any, seconds: float = 30.0) -> None:

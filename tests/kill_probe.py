@@ -120,8 +120,8 @@ def is_partial(name: str, run_dir: Path, where: str) -> bool:
     """Whether this is the name of an unfinished checkpoint, or of an unfinished shard of a pool."""
     path = Path(name)
     if where == "checkpoint":
-        return path.suffix == ".part" and path.parent.name == "checkpoints"
-    return path.name.endswith(".tmp") and ".tar." in path.name and run_dir / "pools" in path.parents
+        return ".ckpt-unfinished-" in path.name and path.parent.name == "checkpoints"
+    return ".tar-unfinished-" in path.name and run_dir / "pools" in path.parents
 
 
 PLAN: Plan | None = None  # of this process

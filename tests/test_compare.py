@@ -182,7 +182,7 @@ def test_other_mistakes_are_told(folders, tmp_path):
         main([f"A={folders / 'spo'}", f"B={folders / 'spo'}"])
     with pytest.raises(ConfigError, match="NAME=RUN wants a name and a folder"):
         main(["DPO="])
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot write .*; free some space or choose another folder"):
         main([str(folders / "spo"), "--output", str(folders / "spo" / "config.yaml")])
     (folders / "spo" / "win_rate.json").write_text("{")
     with pytest.raises(DataError, match="is not JSON"):

@@ -241,7 +241,7 @@ def test_a_signal_on_a_full_disk_ends_with_its_line_and_no_requeue(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="cannot write the checkpoint .*: No space left on device"):
+    with pytest.raises(DataError, match="cannot write .*ckpt: No space left on device"):
         run(tmp_path, Sends(4, TERM))
     assert names(tmp_path) == []
     assert not scontrol.exists()

@@ -217,7 +217,7 @@ def test_finished_units_are_not_made_again(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a whole parquet file"):
         prepared(broken_file, tmp_path / "out", "--shard-size", "4")
     assert (tmp_path / "out" / "00000.tar").exists()
-    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert not list((tmp_path / "out").rglob(".*-unfinished-*"))
     before = (tmp_path / "out" / "00000.tar").stat().st_mtime_ns
     broken_file.write_bytes(source.read_bytes())
 
@@ -243,7 +243,7 @@ def test_a_killed_preparation_is_taken_up_again(tmp_path: Path) -> None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    (tmp_path / "out" / ".00099.tar.1.tmp").write_bytes(b"half")
+    (tmp_path / "out" / ".00099.tar-unfinished-1").write_bytes(b"half")
     assert prepared(source, tmp_path / "out", "--shard-size", "8") == whole
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -15,12 +15,12 @@ from PIL import Image
 
 from datamodules.shards import download
 from datamodules.shards.download import Downloads
-from datamodules.shards.json_files import atomic_file
 from datamodules.shards.manifest import MANIFEST, Manifest
 from datamodules.shards.reader import IndexedShard, open_shards, write_shard
 from datamodules.shards.samples import Sample, decode_picture, latent_members, pixel_members
 from datamodules.stream.order import ShuffledOrder, StoredOrder
 from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.files import atomic_file
 
 
 def read_all(shards):
@@ -83,8 +83,9 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot write .*gone"), atomic_file(tmp_path / "gone" / "x"):
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot write .*file/x: File exists"), atomic_file(tmp_path / "file" / "x"):
         pass
 
 
@@ -156,7 +157,7 @@ def test_shards_from_pipes_and_urls_are_cached(tmp_path: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
     assert captions(open_shards(name, Downloads(cache))) == [f"caption {n}" for n in range(5)]
-    assert not list(cache.glob("*.tmp"))
+    assert not list(cache.glob(".*-unfinished-*"))
 
 
 def test_remote_shards_need_a_cache_folder() -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from callbacks.evaluation.scores import Scores, read_json
 from callbacks.evaluation.statistics import Mean, WinCount
-from callbacks.files import write_atomically
+from lightning_modules.files import atomic_file
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Report:
         """Add this report to the history; one of the same split and step (a repeated evaluation) is replaced."""
         history = {(entry["split"], entry["step"]): entry for entry in read_json(path) or []}
         history[self.split, self.step] = asdict(self)
-        write_atomically(path, json.dumps(list(history.values()), indent=1).encode())
+        with atomic_file(path) as file:
+            file.write(json.dumps(list(history.values()), indent=1).encode())
 
     def table(self) -> Table:
         """The report for people, at most 80 characters wide; parts stand indented under their reward."""

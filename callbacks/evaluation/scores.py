@@ -15,9 +15,9 @@ from torch import Tensor
 
 from callbacks.evaluation.pictures import PictureRequest, gathered, make_pictures, my_share
 from callbacks.evaluation.protocol import Protocol
-from callbacks.files import write_atomically
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import UserError
+from lightning_modules.files import atomic_file
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.sampling.pictures import Denoise, Sampler
 
@@ -84,7 +84,8 @@ def reference_scores(trainer: pl.Trainer, module: AlignmentModule, protocol: Pro
     if known is None:
         known = score_pictures(trainer, module, protocol, denoise, "reference")
         if trainer.is_global_zero:
-            write_atomically(path, json.dumps(known).encode())
+            with atomic_file(path) as file:
+                file.write(json.dumps(known).encode())
     return known
 
 

@@ -8,7 +8,6 @@ import re
 import struct
 import zipfile
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,11 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from lightning_modules.errors import DataError
+from lightning_modules.files import atomic_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint appears under its name complete or not at all.
-
-    Written beside its target (a rename is atomic only within one file system; a temporary folder may be on
-    another), flushed to the disk, renamed. What a killed writer leaves behind ends in ``.part``.
-    """
+    """A checkpoint appears under its name complete or not at all, see ``atomic_file``."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -33,27 +29,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             DataError: the disk does not take it; what was there under this name before is whole.
         """
-        target = Path(path)
-        part = target.with_name(target.name + ".part")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with atomic_file(Path(path)) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(target)
-        except (OSError, RuntimeError) as error:
-            # torch's writer follows a failed write with an error of its own.
-            reason = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(reason, OSError):
-                raise
-            raise DataError(
-                f"cannot write the checkpoint {target}: {reason.strerror or reason}; older checkpoints there are "
-                "whole: make room or move the run folder, then go on with --ckpt_path auto"
-            ) from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+        except DataError as error:
+            older = "the older checkpoints are intact; " if any(Path(path).parent.glob("*.ckpt")) else ""
+            raise DataError(f"{error}; {older}then resume with --resume auto") from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

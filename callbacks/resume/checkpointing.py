@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from callbacks.resume.checkpoint_files import STEP_NAME, newest_checkpoint, written
 from lightning_modules.errors import ConfigError, DataError, UserError
+from lightning_modules.files import clear_unfinished
 
 
 class AfterStep(Callback):
@@ -125,8 +126,9 @@ class RunCheckpoint(ModelCheckpoint):
         """Delete what is too old, and what writers left that were killed: this process is the only one that writes."""
         named = [file for file in self._folder.glob("step=*.ckpt") if STEP_NAME.fullmatch(file.name)]
         old = sorted(named, key=written)[: -self.keep] if self.keep > 0 else []
-        for file in (*old, *self._folder.glob("*.ckpt.part")):
+        for file in old:
             trainer.strategy.remove_checkpoint(file)
+        clear_unfinished(self._folder)
 
     def _minutes_are_over(self, trainer: pl.Trainer) -> bool:
         """By the clock of rank 0."""

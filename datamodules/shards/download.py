@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from datamodules.shards.json_files import atomic_file
 from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.files import atomic_file
 
 FIRST_PAUSE_SECONDS = 1.0  # before the second attempt; twice as long before each further one
 _BLOCK = 1 << 20

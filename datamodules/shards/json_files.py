@@ -1,39 +1,16 @@
-"""Files that appear whole or not at all, and JSON from files that others wrote."""
+"""JSON: written atomically, and read from files that anybody may have written."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from lightning_modules.errors import DataError
+from lightning_modules.files import atomic_file
 
 # A manifest has 150 bytes a shard, a pool chunk's record 50 bytes a comparison.
 MAX_JSON_BYTES = 256 * 1024 * 1024
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is complete and on disk.
-
-    Raises:
-        DataError: the folder or the disk does not take it; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error}; free some space or choose another folder") from error
-    finally:
-        with suppress(OSError):  # where it could not be made there is none
-            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

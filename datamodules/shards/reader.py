@@ -32,11 +32,12 @@ from webdataset.shardlists import expand_urls
 
 from datamodules.shards.bad_samples import BadSample, BadSampleError
 from datamodules.shards.download import Downloads, Expected, is_remote
-from datamodules.shards.json_files import MAX_JSON_BYTES, atomic_file
+from datamodules.shards.json_files import MAX_JSON_BYTES
 from datamodules.shards.manifest import MANIFEST, LatentsKey, Manifest, ShardInfo
 from datamodules.shards.samples import Sample
 from datamodules.shards.tar_index import Member, TarError, members
 from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.files import atomic_file
 
 KEY_DIGITS = 9
 # A picture of MAX_PICTURE_PIXELS has less, and so have the latents of one; a sample's json has some hundred bytes.

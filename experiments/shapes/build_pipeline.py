@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from experiments.cli.command import run_command
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import atomic_folder
 from lightning_modules.shapes.world import SCENES, SIDE
 
 TOKENS = 12  # 8 words, start and end, and two to spare
@@ -178,15 +178,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.output.exists():
         raise ConfigError(f"{options.output} exists already: name a new folder, or delete it first")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = options.output.with_name(f".{options.output.name}.{os.getpid()}.new")
-    try:
+    with atomic_folder(options.output) as unfinished:
         build(unfinished, options.seed)
         if options.trained:
             assemble(unfinished, options.trained)
-        unfinished.replace(options.output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 if __name__ == "__main__":

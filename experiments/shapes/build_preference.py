@@ -11,8 +11,6 @@ imperfect drawings, judged by the exact reward, and PickScore's loss with in-bat
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from datamodules.shapes.drawing import as_unit, draw_imperfect, prompt_splits, r
 from experiments.cli.command import run_command
 from experiments.shapes.prepare import MISREAD, TIE
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import atomic_folder
 from lightning_modules.learning_rates import CosineWithWarmup
 from lightning_modules.preference_loss import agreement, preference_loss
 from lightning_modules.randomness import derive_seed
@@ -125,13 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError(f"--steps must be at least 1, got {options.steps}")
     if options.output.exists():
         raise ConfigError(f"{options.output} exists already: name a new folder, or delete it first")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = options.output.with_name(f".{options.output.name}.{os.getpid()}.new")
-    try:
+    with atomic_folder(options.output) as unfinished:
         build(unfinished, options.pipeline, options.steps, options.seed)
-        unfinished.replace(options.output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ python -m experiments.prepare_pickapic --input data/shapes --output data/shapes-
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from datamodules.shapes.drawing import as_unit, draw_imperfect, prompt_splits, r
 from experiments.cli.command import run_command
 from experiments.preparation.pickapic_schema import SCHEMA, pair_row
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import atomic_folder
 from lightning_modules.randomness import derive_seed
 from lightning_modules.shapes.reward import ShapesReward
 from lightning_modules.shapes.world import Scene
@@ -70,17 +69,13 @@ def prepare(output: Path, pairs: int, seed: int) -> None:
     prompts = prompt_splits()["train"]
     captions = [prompts[derive_seed(seed, "preference prompts", j) % len(prompts)] for j in range(pairs)]
     counts = Counter(captions)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.new")
-    unfinished.mkdir()
-    try:
-        with pq.ParquetWriter(unfinished / "train-00000-of-00001.parquet", SCHEMA) as writer:
-            for first in track(range(0, pairs, _BLOCK), description="drawing pairs"):
-                block = rows(first, min(first + _BLOCK, pairs), seed, counts, captions)
-                writer.write_table(pa.Table.from_pylist(block, schema=SCHEMA))
-        unfinished.replace(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with (
+        atomic_folder(output) as unfinished,
+        pq.ParquetWriter(unfinished / "train-00000-of-00001.parquet", SCHEMA) as writer,
+    ):
+        for first in track(range(0, pairs, _BLOCK), description="drawing pairs"):
+            block = rows(first, min(first + _BLOCK, pairs), seed, counts, captions)
+            writer.write_table(pa.Table.from_pylist(block, schema=SCHEMA))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lightning_modules.errors import ConfigError
-from lightning_modules.files import beside, follow_umask
+from lightning_modules.files import atomic_folder
 
 
 class Adaptation(ABC):
@@ -55,18 +55,8 @@ class Adaptation(ABC):
 
     def save(self, networks: Mapping[str, nn.Module], folder: Path) -> None:
         """``write``, but never leaving a half-written file under its final name."""
-        with beside(folder) as temporary:
-            new, old = temporary / "new", temporary / "old"
-            new.mkdir()
-            old.mkdir()
+        with atomic_folder(folder) as new:
             self.write(networks, new)
-            follow_umask(new)
-            folder.mkdir(exist_ok=True)
-            for entry in sorted(new.iterdir()):
-                target = folder / entry.name
-                if target.is_dir():  # a folder cannot be renamed over a filled one
-                    target.replace(old / entry.name)
-                entry.replace(target)
 
 
 @dataclass(frozen=True)

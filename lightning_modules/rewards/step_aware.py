@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from lightning_modules.errors import ConfigError
-from lightning_modules.files import beside, follow_umask
+from lightning_modules.files import atomic_folder
 from lightning_modules.rewards.base import RewardModel, StepRewardModel
 from lightning_modules.rewards.clip import ClipPreprocessing, read_tokenizer, text_embeds, tokenize
 from lightning_modules.weights.audit import UNREADABLE, mismatch
@@ -215,10 +215,7 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel):
         It is read by ``StepAwarePreferenceModel(pretrained=folder, processor=None)``; the weights are named as in
         the published checkpoints without their ``model.``.
         """
-        folder = Path(folder)
-        with beside(folder) as temporary:
-            new, old = temporary / "new", temporary / "old"
-            new.mkdir()
+        with atomic_folder(Path(folder)) as new:
             weights = self.model.state_dict()
             save_file(
                 {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in weights.items()},
@@ -227,10 +224,6 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel):
             self.model.config.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
             self.processing.as_processor().save_pretrained(new)
-            follow_umask(new)
-            if folder.is_dir():
-                folder.replace(old)
-            new.replace(folder)
 
 
 def _plain_clip(source: Pretrained) -> Any:

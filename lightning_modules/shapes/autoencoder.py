@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.batches import PreferencePairs
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import atomic_folder
 from lightning_modules.randomness import generator, randn
 
 
@@ -116,10 +115,7 @@ class AutoencoderModule(L.LightningModule):
 
     def save(self, folder: Path) -> None:
         """Puts the autoencoder in fp16 into a pipeline folder, whole or not at all."""
-        new, old = folder / f".vae.{os.getpid()}.new", folder / f".vae.{os.getpid()}.old"
         clone = AutoencoderKL.from_config(self.vae.config)
         clone.load_state_dict(self.vae.state_dict())
-        clone.to(torch.float16).save_pretrained(new)
-        (folder / "vae").replace(old)
-        new.replace(folder / "vae")
-        shutil.rmtree(old)
+        with atomic_folder(folder / "vae") as new:
+            clone.to(torch.float16).save_pretrained(new)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import packaged
 from lightning_modules.weights.audit import UNREADABLE
 
 T = TypeVar("T")
@@ -56,10 +56,9 @@ class Pretrained:
         Raises:
             ConfigError: it is none of these.
         """
-        for root in (Path(), *_packaged_roots()):
-            folder = root / Path(name).expanduser()
-            if folder.is_dir():
-                return Pretrained(name, str(folder), local=True)
+        folder = packaged(name)
+        if folder.is_dir():
+            return Pretrained(name, str(folder), local=True)
         match = _HUB_ID.fullmatch(name)
         if match is None:
             raise ConfigError(
@@ -108,9 +107,3 @@ class Pretrained:
                     f"Pretrained weights: {' or '.join(group)} not found in {folder} (asked for as {self.name!r}); "
                     "give a complete folder as save_pretrained writes it, or a hub id."
                 )
-
-
-def _packaged_roots() -> list[Path]:
-    # By name, not by import: the model side may not depend on the experiments, only find their files.
-    spec = importlib.util.find_spec("experiments")
-    return [Path(root) for root in (spec.submodule_search_locations or [])] if spec else []
