@@ -36,8 +36,8 @@ from rich.table import Table
 
 from datamodules.shards.json_files import read_json, write_json
 from datamodules.shards.manifest import MANIFEST, Manifest, ShardInfo
-from datamodules.shards.reader import write_shard
 from datamodules.shards.samples import pixel_members
+from datamodules.shards.writer import write_shard
 from experiments.cli.command import run_command
 from experiments.cli.configured_policy import load_policy
 from experiments.preparation.encoding import encoded, latents_key
@@ -128,7 +128,7 @@ def _in_parallel(
 ) -> Iterator[tuple[Unit, UnitResult]]:
     # Not forked from here: threads of torch and pyarrow don't survive it. The server imports once for all workers.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["datamodules.shards.reader", "pyarrow.parquet", "rich.progress"])
+    context.set_forkserver_preload(["datamodules.shards.writer", "pyarrow.parquet", "rich.progress"])
     pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=context)
     try:
         jobs: dict[Future[UnitResult], Unit] = {

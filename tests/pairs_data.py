@@ -12,8 +12,8 @@ import pyarrow.parquet as parquet
 from PIL import Image
 
 from datamodules.shards.manifest import Manifest
-from datamodules.shards.reader import write_shard
 from datamodules.shards.samples import pixel_members
+from datamodules.shards.writer import write_shard
 
 
 def picture(value: int, size: tuple[int, int] = (16, 16), kind: str = "PNG") -> bytes:

@@ -19,14 +19,18 @@ import pytest
 import torch
 from pairs_data import picture, rows, write_parquet, write_shards
 
+from datamodules.pairs.latents_key import check_latents, latents_fingerprint
 from datamodules.pools.folder import PoolFolder
-from datamodules.preference_pairs import PreferencePairsDataModule, RunSampler, check_latents, latents_fingerprint
+from datamodules.preference_pairs import PreferencePairsDataModule
 from datamodules.shards import bad_samples, download
 from datamodules.shards.bad_samples import BadSample, BadSamples
 from datamodules.shards.download import Downloads, Expected
+from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import MANIFEST, LatentsKey
-from datamodules.shards.reader import IndexedShard, open_shards, write_shard
+from datamodules.shards.reader import IndexedShard
 from datamodules.shards.samples import pixel_members
+from datamodules.shards.writer import write_shard
+from datamodules.stream.positions import RunSampler
 from experiments.prepare_pickapic import main
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import ConfigError, DataError

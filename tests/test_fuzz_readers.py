@@ -25,15 +25,17 @@ from pairs_data import picture
 from safetensors.torch import save as save_tensors
 
 from callbacks.resume.checkpoint_files import damage, newest_whole_checkpoint
-from datamodules.pools.folder import PoolFolder, collate_steps, open_pool, read_manifest, step_pair
+from datamodules.pools.folder import PoolFolder, open_pool, read_manifest
+from datamodules.pools.samples import collate_steps, step_pair
 from datamodules.preference_pairs import PreferencePairsDataModule
 from datamodules.prompts import load_prompts
 from datamodules.shards.bad_samples import BadSample, BadSamples
 from datamodules.shards.download import Downloads
 from datamodules.shards.json_files import parse_json, read_json
+from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import MANIFEST, LatentsKey, Manifest
-from datamodules.shards.reader import open_shards, write_shard
 from datamodules.shards.samples import decode_picture, latent_members, pixel_members, step_members
+from datamodules.shards.writer import write_shard
 from lightning_modules.errors import UserError
 from lightning_modules.rewards.step_aware import _read_weights
 

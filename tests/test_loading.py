@@ -8,18 +8,18 @@ import sys
 import pytest
 from torch.utils.data import Dataset
 
-from datamodules.stream.loading import IGNORED, PairLoader, as_it_is, ignore_signals
+from datamodules.stream.loading import IGNORED, PairLoader, identity, ignore_signals
 
 FAILING_RUN = """
 import torch
 from torch.utils.data import Dataset
-from datamodules.stream.loading import PairLoader, as_it_is, ignore_signals
+from datamodules.stream.loading import PairLoader, identity, ignore_signals
 
 class Numbers(Dataset):
     def __len__(self): return 1000
     def __getitem__(self, n): return n
 
-batches = iter(PairLoader(Numbers(), batch_size=2, num_workers=2, collate_fn=as_it_is, worker_init_fn=ignore_signals))
+batches = iter(PairLoader(Numbers(), batch_size=2, num_workers=2, collate_fn=identity, worker_init_fn=ignore_signals))
 print(next(batches), flush=True)
 raise RuntimeError("a step failed while workers were busy")
 """
@@ -53,7 +53,7 @@ def signalled_at_its_start(worker):
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_signal_that_hits_a_worker_as_it_starts_is_ignored_too():
     batches = PairLoader(
-        Numbers(), batch_size=2, num_workers=2, collate_fn=as_it_is, worker_init_fn=signalled_at_its_start
+        Numbers(), batch_size=2, num_workers=2, collate_fn=identity, worker_init_fn=signalled_at_its_start
     )
     assert list(batches) == [[0, 1], [2, 3]]
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(IGNORED)

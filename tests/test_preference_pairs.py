@@ -12,14 +12,17 @@ from pairs_data import picture, rows, write_parquet, write_shards
 from PIL import Image
 from torch import nn
 
-from datamodules.preference_pairs import PairTransform, PreferencePairsDataModule, RunSampler, collate
+from datamodules.pairs.samples import PairTransform, collate
+from datamodules.preference_pairs import PreferencePairsDataModule
+from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import Manifest
-from datamodules.shards.reader import open_shards, write_shard
 from datamodules.shards.samples import pixel_members
+from datamodules.shards.writer import write_shard
 from datamodules.stream.order import ShuffledOrder
+from datamodules.stream.positions import RunSampler
 from experiments import prepare_pickapic
 from lightning_modules.batches import PreferencePairs
-from lightning_modules.errors import DataError
+from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.randomness import generator
 
 
@@ -333,3 +336,15 @@ def test_a_label_that_cannot_be_is_one_clear_message(tmp_path: Path) -> None:
     data.setup("fit")
     with pytest.raises(DataError, match=r"00000\.tar, sample 000000000: label must lie in \[0\.5, 1\.0\], got 0\.2"):
         data.train_set[0]
+
+
+@pytest.mark.parametrize(("devices", "strategy", "refused"), [(1, "auto", False), (1, "ddp", True), (2, "ddp", True)])
+def test_a_trainer_that_would_replace_the_sampler_is_refused(folder, devices, strategy, refused):
+    """Lightning's would give each rank a part of ours: other samples than the position says."""
+    data = module(folder)
+    data.trainer = L.Trainer(accelerator="cpu", logger=False, devices=devices, strategy=strategy)
+    if refused:
+        with pytest.raises(ConfigError, match="set trainer.use_distributed_sampler to false"):
+            data.setup("fit")
+    else:
+        data.setup("fit")

@@ -14,9 +14,11 @@ import pytest
 import torch
 from pairs_data import picture, rows, write_parquet
 
-from datamodules.preference_pairs import PairTransform, PreferencePairsDataModule, latents_fingerprint
+from datamodules.pairs.latents_key import latents_fingerprint
+from datamodules.pairs.samples import PairTransform
+from datamodules.preference_pairs import PreferencePairsDataModule
+from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import MANIFEST, Manifest
-from datamodules.shards.reader import open_shards
 from datamodules.shards.samples import decode_picture
 from datamodules.stream.order import StoredOrder
 from experiments.cli.configured_policy import load_policy

@@ -15,9 +15,11 @@ from PIL import Image
 
 from datamodules.shards import download
 from datamodules.shards.download import Downloads
+from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import MANIFEST, Manifest
-from datamodules.shards.reader import IndexedShard, open_shards, write_shard
+from datamodules.shards.reader import IndexedShard
 from datamodules.shards.samples import Sample, decode_picture, latent_members, pixel_members
+from datamodules.shards.writer import write_shard
 from datamodules.stream.order import ShuffledOrder, StoredOrder
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.files import atomic_file

@@ -20,9 +20,12 @@ from callbacks.resume.checkpoint_files import AtomicCheckpointIO
 from callbacks.resume.checkpointing import RunCheckpoint
 from callbacks.resume.exact_resume import ExactResume
 from datamodules.pools import folder as pool_folder
-from datamodules.pools.folder import PoolFolder, fingerprint, open_pool, read_manifest, step_pair
-from datamodules.step_pool import PoolSampler, StepPoolDataModule
+from datamodules.pools.fingerprint import fingerprint
+from datamodules.pools.folder import PoolFolder, open_pool, read_manifest
+from datamodules.pools.samples import step_pair
+from datamodules.step_pool import StepPoolDataModule
 from datamodules.stream.order import StoredOrder
+from datamodules.stream.positions import PoolSampler
 from experiments import run
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.objectives.dpo import DPO
@@ -159,10 +162,10 @@ def test_latents_in_half_precision_and_inner_steps(pipelines, tmp_path):
 
 def test_prompts_run_through_the_file_before_any_comes_again():
     pools = data(prompts_per_pool=3)
-    numbers = [n for pool in range(5) for n in pools._prompt_numbers(pool)]
+    numbers = [n for pool in range(5) for n in pools.recipe.prompt_numbers(pool)]
     assert sorted(numbers) == list(range(15))  # three passes of five; the draws of each number are its own
     assert numbers[:5] != sorted(numbers[:5])
-    assert sorted(data(prompts_per_pool=None)._prompt_numbers(1)) == [5, 6, 7, 8, 9]
+    assert sorted(data(prompts_per_pool=None).recipe.prompt_numbers(1)) == [5, 6, 7, 8, 9]
 
 
 def test_ranks_have_equal_batches_disjoint_and_resume_where_they_were():
@@ -278,14 +281,14 @@ def test_a_pool_that_a_checkpoint_needs_and_that_is_gone_is_named(pipelines, tmp
         long_run(pipelines, tmp_path, dies_after=3)
     for pool in pools_in(tmp_path):
         (pool / "manifest.json").unlink()
-    with pytest.raises(DataError, match="The checkpoint stands within the pool"):
+    with pytest.raises(DataError, match="The checkpoint is within the pool"):
         long_run(pipelines, tmp_path, resume=True)
 
 
 def test_within_a_pool_batches_cannot_change_size(pipelines, tmp_path):
     with pytest.raises(Killed):
         long_run(pipelines, tmp_path, dies_after=3)
-    with pytest.raises(ConfigError, match="2 pairs a batch over all ranks, 1 batches a step, .* for 2 and 2"):
+    with pytest.raises(ConfigError, match="2 pairs per batch over all ranks, 1 batches per step, .* for 2 and 2"):
         long_run(pipelines, tmp_path, resume=True, accumulate_grad_batches=2)
 
 

@@ -24,10 +24,12 @@ from pairs_data import picture, write_shards
 from transformers import CLIPTextModel
 
 from datamodules.shards.json_files import parse_json
+from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import Manifest
-from datamodules.shards.reader import IndexedShard, open_shards, write_shard
+from datamodules.shards.reader import IndexedShard
 from datamodules.shards.samples import decode_picture, pixel_members
 from datamodules.shards.tar_index import members
+from datamodules.shards.writer import write_shard
 from lightning_modules.errors import ConfigError, DataError, UserError
 from lightning_modules.rewards.clip import read_tokenizer
 from lightning_modules.rewards.step_aware import StepAwarePreferenceModel
@@ -261,7 +263,7 @@ def test_sizes_in_webp_headers_are_read_as_pillow_reads_them() -> None:
 
 
 def test_a_picture_too_narrow_to_be_resized_is_a_bad_sample(tmp_path: Path) -> None:
-    from datamodules.preference_pairs import PairTransform
+    from datamodules.pairs.samples import PairTransform
 
     with pytest.raises(DataError, match="a picture of 60000x1 px is too narrow to be resized to 64 px"):
         PairTransform(64)(decode_picture(picture(0, (60_000, 1))), decode_picture(picture(0)), None)

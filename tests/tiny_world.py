@@ -33,5 +33,6 @@ def pairs(batches=4):
 
 def trainer(folder, *callbacks, **options):
     defaults = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-                "enable_model_summary": False, "default_root_dir": folder, "callbacks": list(callbacks)}  # fmt: skip
+                "enable_model_summary": False, "default_root_dir": folder, "callbacks": list(callbacks),
+                "use_distributed_sampler": False}  # fmt: skip
     return Trainer(**(defaults | options))

@@ -7,26 +7,29 @@ file). ``manifest.json`` comes last: with it the pool is an ordinary folder of s
 
 from __future__ import annotations
 
-import hashlib
+import re
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from datamodules.shards.bad_samples import BadSampleError
+from datamodules.pools.fingerprint import digest
+from datamodules.pools.samples import step_samples
 from datamodules.shards.json_files import read_json, write_json
+from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import MANIFEST, Manifest, ShardInfo
-from datamodules.shards.reader import ShardSet, open_shards, write_shard
-from datamodules.shards.samples import Sample, step_members
-from lightning_modules.batches import StepPairs
+from datamodules.shards.reader import ShardSet
+from datamodules.shards.writer import write_shard
 from lightning_modules.errors import DataError
 from lightning_modules.sampling.step_sampler import Comparisons, Rollout
 
+POOL_NAME = re.compile(r"pool-\d{5}-[0-9a-f]{12}")
 # A network file system may show a file some seconds after another machine has written it.
 VISIBLE_WITHIN_SECONDS = 30.0
 QUANTILES = (10, 50, 90, 100)  # of the score gaps, in percent; to choose a threshold by
@@ -63,7 +66,7 @@ class PoolFolder:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def mark(self, name: str) -> None:
+    def touch(self, name: str) -> None:
         """Leave a file for other processes to look for.
 
         Raises:
@@ -80,7 +83,7 @@ class PoolFolder:
             "give a folder that can be written to as data.pools_dir"
         )
 
-    def shows(self, name: str) -> bool:
+    def appears(self, name: str) -> bool:
         """Whether a file that another process has left appears here."""
         return _comes_true((self.path / name).exists)
 
@@ -105,7 +108,7 @@ class PoolFolder:
         """
         shard = None
         if len(rollout.pairs):
-            samples = _samples(rollout, first_key, transitions, dtype)
+            samples = step_samples(rollout, first_key, transitions, dtype)
             shard = asdict(write_shard(self.path / f"{chunk:05d}.tar", samples))
         write_json(self._record(chunk), {"shard": shard, "comparisons": _to_json(rollout.comparisons)})
 
@@ -185,107 +188,11 @@ def open_pool(folder: Path) -> ShardSet:
     return open_shards(str(folder), max_open=MAX_OPEN_SHARDS)
 
 
-def step_pair(sample: Sample, index: int) -> StepPairs:
-    """A stored pair as a batch of one, in fp32.
-
-    Raises:
-        DataError: the sample is damaged.
-    """
-    try:
-        info, latents = sample.info(), sample.tensors("step", latents=3, chosen=3, rejected=3)
-        if len({value.shape for value in latents.values()}) != 1:
-            raise sample.bad("its tensors have different shapes")
-        if not 0 <= float(info["score_gap"]) <= 1:
-            raise sample.bad(f"score_gap must lie in [0, 1], got {str(info['score_gap'])[:80]}")
-        apart = latents["rejected_latents"].float()[None] if "rejected_latents" in latents else None
-        return StepPairs(
-            latents=latents["latents"].float()[None],
-            chosen=latents["chosen"].float()[None],
-            rejected=latents["rejected"].float()[None],
-            timesteps=torch.tensor([int(info["timestep"])]),
-            prev_timesteps=torch.tensor([int(info["prev_timestep"])]),
-            prompts=(info["caption"],),
-            score_gap=torch.tensor([float(info["score_gap"])]),
-            indices=torch.tensor([index]),
-            rejected_latents=apart,
-        )
-    except BadSampleError as error:
-        raise DataError(f"{error.sample}; delete its pool, a run makes it anew") from error
-    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise DataError(
-            f"{sample.bad(f'no whole step ({error})').sample}; delete its pool, a run makes it anew"
-        ) from error
-
-
-def collate_steps(parts: Sequence[StepPairs]) -> StepPairs:
-    """One batch from batches of one pool.
-
-    Raises:
-        DataError: they are not alike.
-    """
-    forms = {(part.latents.shape, part.rejected_latents is None) for part in parts}
-    if len(forms) > 1:
-        raise DataError("a pool's pairs have different shapes; it was put together of several, delete it")
-
-    def stacked(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
-    return StepPairs(
-        latents=stacked("latents"),
-        chosen=stacked("chosen"),
-        rejected=stacked("rejected"),
-        timesteps=stacked("timesteps"),
-        prev_timesteps=stacked("prev_timesteps"),
-        prompts=tuple(prompt for part in parts for prompt in part.prompts),
-        score_gap=stacked("score_gap"),
-        indices=stacked("indices"),
-        rejected_latents=None if parts[0].rejected_latents is None else stacked("rejected_latents"),
-    )
-
-
-def digest(value: Any) -> str:
-    """A short hash of plain values."""
-    return hashlib.blake2b(repr(value).encode(), digest_size=6).hexdigest()
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A hash of a network: of all weights under training, of some numbers of each frozen tensor, of its settings.
-
-    The frozen ones change only with the settings that name them, so that a few numbers tell them apart, and reading
-    all of a large model for every pool would take longer than its prompts' first step.
-    """
-    found = hashlib.blake2b(digest_size=8)
-    for name, part in module.named_modules():
-        plain = {key: value for key, value in vars(part).items() if isinstance(value, bool | int | float | str)}
-        shown = sorted((key, value) for key, value in plain.items() if not key.startswith("_") and key != "training")
-        found.update(repr((name, type(part).__name__, shown)).encode())
-    for name, parameter in module.named_parameters():
-        values = parameter.detach().reshape(-1)
-        if not parameter.requires_grad:
-            values = values[:: max(1, len(values) // 64)]
-        found.update(repr((name, tuple(parameter.shape), str(parameter.dtype))).encode())
-        found.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def _samples(
-    rollout: Rollout, first_key: int, transitions: Sequence[int], dtype: torch.dtype
-) -> Iterator[tuple[int, dict[str, bytes]]]:
-    """The chunk's pairs by prompt, then step, so that a pool's order does not depend on the size of its chunks."""
-    pairs = rollout.pairs
-    tensors = {"latents": pairs.latents, "chosen": pairs.chosen, "rejected": pairs.rejected}
-    if pairs.rejected_latents is not None:
-        tensors["rejected_latents"] = pairs.rejected_latents
-    for row in rollout.prompt_rows.argsort(stable=True).tolist():
-        timestep = int(pairs.timesteps[row])
-        key = first_key + int(rollout.prompt_rows[row]) * len(transitions) + transitions.index(timestep)
-        info = {
-            "caption": pairs.prompts[row],
-            "timestep": timestep,
-            "prev_timestep": int(pairs.prev_timesteps[row]),
-            "score_gap": float(pairs.score_gap[row]),
-        }
-        yield key, step_members({name: value[row].to(dtype) for name, value in tensors.items()}, info)
+def delete_pools(folder: Path, needed: Collection[str]) -> None:
+    """Delete all pools below ``folder`` but those of the ``needed`` names."""
+    for path in folder.iterdir():
+        if POOL_NAME.fullmatch(path.name) and path.name not in needed:
+            shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted is only in the way
 
 
 def _statistics(comparisons: Comparisons) -> dict[str, float]:

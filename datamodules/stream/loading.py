@@ -61,23 +61,23 @@ def _end_workers() -> None:
 
 
 @dataclass(frozen=True)
-class Fetched:
+class LoadResult:
     """What a worker hands on: a batch, or the error in its place, and the bad samples that it met."""
 
     batch: Any
     skipped: tuple[BadSample, ...]
 
-    def pin_memory(self) -> Fetched:
+    def pin_memory(self) -> LoadResult:
         return self if isinstance(self.batch, DataError) else replace(self, batch=self.batch.pin_memory())
 
 
 def _unpacked(batches: Iterator[Any], bad: BadSamples | None) -> Generator[Any, None, None]:
-    for fetched in batches:
-        batch = fetched
-        if isinstance(fetched, Fetched):
+    for result in batches:
+        batch = result
+        if isinstance(result, LoadResult):
             if bad is not None:
-                bad.add(fetched.skipped)
-            batch = fetched.batch
+                bad.add(result.skipped)
+            batch = result.batch
         if isinstance(batch, DataError):
             raise batch
         yield batch
@@ -102,7 +102,7 @@ class OrderedSamples(Dataset[Any], ABC):
 
 
 @dataclass(frozen=True)
-class Caught(Dataset[Any]):
+class FaultTolerantDataset(Dataset[Any]):
     """Reads a batch at once and hands a ``DataError`` on as a value, which survives the way out of a worker.
 
     Attributes:
@@ -122,13 +122,13 @@ class Caught(Dataset[Any]):
     def __getitem__(self, n: int) -> Any:
         return self.pairs[n]
 
-    def __getitems__(self, indices: list[int]) -> Fetched:
+    def __getitems__(self, indices: list[int]) -> LoadResult:
         skipped: list[BadSample] = []
         try:
             batch = self.collate([self._whole(n, skipped) for n in indices])
         except DataError as error:
             batch = DataError(str(error))
-        return Fetched(batch, tuple(skipped))
+        return LoadResult(batch, tuple(skipped))
 
     def _whole(self, n: int, skipped: list[BadSample]) -> Any:
         if self.bad is None or not isinstance(self.pairs, OrderedSamples):
@@ -142,7 +142,7 @@ class Caught(Dataset[Any]):
         raise DataError(f"{self.bad.source} holds no whole sample in a row of {len(skipped)}; prepare the shards again")
 
 
-def as_it_is(batch: Any) -> Any:
+def identity(batch: Any) -> Any:
     return batch
 
 

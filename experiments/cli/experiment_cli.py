@@ -154,6 +154,8 @@ class ExperimentCLI(LightningCLI):
             slow = [callback for callback in callbacks if isinstance(callback, PolicyEvaluation)]
             callbacks = [*(callback for callback in callbacks if callback not in slow), Preemption(), *slow]
         config["callbacks"] = callbacks
+        # Data modules say which rank reads what, from the run's position, which Lightning's samplers don't know.
+        config["use_distributed_sampler"] = False
         try:
             return self._instantiate_trainer(config, [self._get(self.config_init, "pictures")])
         except MisconfigurationException as error:

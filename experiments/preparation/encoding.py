@@ -25,7 +25,7 @@ def latents_key(policy: DiffusionPolicy, resolution: int | None, dtype: str) -> 
     Raises:
         ConfigError: a resolution that the VAE does not divide.
     """
-    from datamodules.preference_pairs import latents_fingerprint
+    from datamodules.pairs.latents_key import latents_fingerprint
 
     side = policy.image_size if resolution is None else resolution
     if side < 1 or side % policy.downscale:
@@ -42,7 +42,7 @@ def encoded(
     """
     import torch
 
-    from datamodules.preference_pairs import PairTransform
+    from datamodules.pairs.samples import PairTransform
 
     transform, dtype = PairTransform(key.resolution), getattr(torch, key.dtype)
     stored: dict[str, int] = {}

@@ -1,0 +1,67 @@
+"""Which networks, resolution and storage type cached latents belong to: a hash, and its check against a run."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from datamodules.shards.manifest import LatentsKey
+from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.policies.base import DiffusionPolicy
+
+# What an autoencoder's latents and a CLIP text encoder's outputs depend on besides their weights.
+_CONFIG_FIELDS = ("scaling_factor", "shift_factor", "hidden_act", "num_attention_heads", "layer_norm_eps")
+
+
+def latents_fingerprint(policy: DiffusionPolicy, resolution: int, crop: str, dtype: str) -> str:
+    """A hash of all that cached latents and embeddings depend on: networks, resolution, crop, storage type.
+
+    It reads the weights, not their names or the folder they came from: names change with library versions. It
+    covers their data type too, for a VAE gives other latents in half precision.
+
+    Args:
+        policy: has ``vae`` and ``text_encoders``.
+        resolution: side of the encoded squares, in pixels.
+        crop: how they were cut out, "centre".
+        dtype: what the latents are stored in, "float16" or "float32".
+    """
+    digest = hashlib.blake2b(repr(("latents", 1, resolution, crop, dtype)).encode(), digest_size=16)
+    for module in _encoders(policy):
+        config = getattr(module, "config", None)
+        digest.update(repr([(name, getattr(config, name, None)) for name in _CONFIG_FIELDS]).encode())
+        for parameter in module.parameters():
+            data = parameter.detach().cpu().contiguous()
+            digest.update(repr((tuple(data.shape), str(data.dtype))).encode())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _encoders(policy: DiffusionPolicy) -> list[nn.Module]:
+    try:
+        vae, text_encoders = policy.vae, policy.text_encoders
+    except AttributeError as error:
+        raise ConfigError(f"{type(policy).__name__} has no VAE and text encoders to cache the outputs of") from error
+    return [vae, *text_encoders]  # type: ignore[list-item,misc]  # nn.Module's attributes are Tensor | Module
+
+
+def check_latents(found: LatentsKey, policy: DiffusionPolicy, resolution: int) -> None:
+    """
+    Raises:
+        DataError: the latents were made by other networks or at another resolution than the run's.
+        ConfigError: the run trains its text encoder, so that cached embeddings would go stale.
+    """
+    if found.resolution != resolution:
+        raise DataError(
+            f"the latents were encoded at {found.resolution} px, this run asks for {resolution} px; "
+            f"set resolution to {found.resolution} or prepare again with --resolution {resolution}"
+        )
+    if any(parameter.requires_grad for module in _encoders(policy)[1:] for parameter in module.parameters()):
+        raise ConfigError("this run trains its text encoder, cached prompt embeddings would go stale; use pixel shards")
+    expected = latents_fingerprint(policy, resolution, found.crop, found.dtype)
+    if found.hash != expected:
+        raise DataError(
+            f"the latents carry the hash {found.hash} but this run's VAE and text encoders give {expected}: they were "
+            "encoded by other weights or in another precision; prepare again with --encode-with this run's config"
+        )
