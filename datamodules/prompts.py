@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,17 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 MAX_PROMPT_CHARACTERS = 10_000
 
 KNOWN_FORMS = (
-    ".txt with one prompt a line; .json with a list of strings or of {caption, trainset_idx}; "
-    ".jsonl with a prompt field a line; .tsv with a Prompt column (PartiPrompts)"
+    ".txt with one prompt per line; .json with a list of strings or of objects with a caption; "
+    ".jsonl with a prompt field per line; .tsv with a Prompt column (PartiPrompts)"
 )
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A text to draw, with its category and its number in a larger collection where the file has them."""
-
-    text: str
-    category: str | None = None
-    index: int | None = None
-
-
-def load_prompts(path: str | Path) -> list[Prompt]:
+def load_prompts(path: str | Path) -> list[str]:
     """Read a prompt file; its kind follows from its suffix, and blank lines are passed over.
 
-    Known forms: plain text, one prompt a line (``.txt``); a JSON list of strings (HPDv2) or of objects with
-    "caption" and "trainset_idx" (SPO's training prompts) (``.json``); JSON lines with "prompt" and, if wanted,
-    "category" and "index" (``.jsonl``); a table with the columns Prompt and Category (PartiPrompts, ``.tsv``).
+    Known forms: plain text, one prompt per line (``.txt``); a JSON list of strings (HPDv2) or of objects with a
+    "caption" (SPO's training prompts) (``.json``); JSON lines with a "prompt" (``.jsonl``); a table with a column
+    Prompt (PartiPrompts, ``.tsv``). Lines end at line feeds alone: prompts of web users hold other separators.
 
     Raises:
         DataError: the file is missing, empty, too large, not UTF-8, or of no known form.
@@ -50,9 +40,9 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     if not prompts:
         raise DataError(f"prompt file {path} holds no prompts; known forms: {KNOWN_FORMS}")
     for number, prompt in enumerate(prompts, 1):
-        if not prompt.text.strip() or len(prompt.text) > MAX_PROMPT_CHARACTERS:
+        if not prompt.strip() or len(prompt) > MAX_PROMPT_CHARACTERS:
             raise DataError(
-                f"prompt file {path}: prompt {number} has {len(prompt.text.strip())} characters, "
+                f"prompt file {path}: prompt {number} has {len(prompt.strip())} characters, "
                 f"expected 1 to {MAX_PROMPT_CHARACTERS}; correct or remove it"
             )
     return prompts
@@ -66,7 +56,7 @@ def prompt_texts(prompts: Sequence[str] | str, number: int | None = None) -> lis
     """
     if not isinstance(prompts, str):
         return list(prompts)[:number]
-    return [prompt.text for prompt in load_prompts(packaged(prompts))][:number]
+    return load_prompts(packaged(prompts))[:number]
 
 
 def _text(path: Path) -> str:
@@ -83,26 +73,23 @@ def _text(path: Path) -> str:
         raise DataError(f"prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def _read_lines(path: Path, text: str) -> list[Prompt]:
-    return [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
+def _read_lines(path: Path, text: str) -> list[str]:
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def _read_json(path: Path, text: str) -> list[Prompt]:
+def _read_json(path: Path, text: str) -> list[str]:
     value = _parse(path, text, "the file")
     if not isinstance(value, list):
         raise DataError(f"prompt file {path} holds a JSON {_kind(value)}, not a list; known forms: {KNOWN_FORMS}")
-    return [_prompt(path, f"entry {number}", item, "caption", "trainset_idx") for number, item in enumerate(value, 1)]
+    return [_prompt(path, f"entry {number}", item, "caption") for number, item in enumerate(value, 1)]
 
 
-def _read_json_lines(path: Path, text: str) -> list[Prompt]:
+def _read_json_lines(path: Path, text: str) -> list[str]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [
-        _prompt(path, f"line {number}", _parse(path, line, f"line {number}"), "prompt", "index")
-        for number, line in lines
-    ]
+    return [_prompt(path, f"line {number}", _parse(path, line, f"line {number}"), "prompt") for number, line in lines]
 
 
-def _read_table(path: Path, text: str) -> list[Prompt]:
+def _read_table(path: Path, text: str) -> list[str]:
     # PartiPrompts quotes nothing: a quotation mark in a prompt is part of it.
     try:
         rows = list(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -119,7 +106,7 @@ def _read_table(path: Path, text: str) -> list[Prompt]:
         if len(row) < len(header):
             raise DataError(f"prompt file {path}, line {number}: {len(row)} columns, the header has {len(header)}")
         cells = dict(zip(header, row))
-        prompts.append(Prompt(cells["Prompt"].strip(), cells.get("Category") or None))
+        prompts.append(cells["Prompt"].strip())
     return prompts
 
 
@@ -131,18 +118,16 @@ def _parse(path: Path, text: str, place: str) -> Any:
         raise DataError(message) from error
 
 
-def _prompt(path: Path, place: str, item: Any, text_field: str, index_field: str) -> Prompt:
-    """A prompt from a string or from an object with ``text_field`` and perhaps an index and a category."""
+def _prompt(path: Path, place: str, item: Any, field: str) -> str:
+    """A prompt from a string or from an object that has it as ``field``."""
     if isinstance(item, str):
-        return Prompt(item)
-    if isinstance(item, dict) and isinstance(item.get(text_field), str):
-        index, category = item.get(index_field), item.get("category")
-        if (index is None or type(index) is int) and (category is None or isinstance(category, str)):
-            return Prompt(item[text_field], category, index)
+        return item
+    if isinstance(item, dict) and isinstance(item.get(field), str):
+        return str(item[field])
     seen = f"the fields {str(sorted(item))[:200]}" if isinstance(item, dict) else f"a {_kind(item)}"
     raise DataError(
-        f"prompt file {path}: {place} has {seen}, expected a string or an object with a text {text_field!r} "
-        f"and a whole {index_field!r}; known forms: {KNOWN_FORMS}"
+        f"prompt file {path}: {place} has {seen}, expected a string or an object with a text {field!r}; "
+        f"known forms: {KNOWN_FORMS}"
     )
 
 
@@ -150,7 +135,7 @@ def _kind(value: Any) -> str:
     return {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
 
 
-_READERS: dict[str, Callable[[Path, str], list[Prompt]]] = {
+_READERS: dict[str, Callable[[Path, str], list[str]]] = {
     ".txt": _read_lines,
     ".json": _read_json,
     ".jsonl": _read_json_lines,

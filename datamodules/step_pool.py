@@ -20,15 +20,17 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import Dataset
 
+from datamodules.pools.fingerprint import schedule_fingerprint
 from datamodules.pools.folder import QUANTILES, delete_pools, open_pool, read_manifest
 from datamodules.pools.maker import LatentsDtype, PoolMaker, PoolRecipe
 from datamodules.pools.position import PoolPosition
-from datamodules.pools.samples import PoolPairs, collate_steps
+from datamodules.pools.samples import PoolPairs, collate_steps, step_pair
 from datamodules.prompts import prompt_texts
 from datamodules.shards.manifest import Manifest
 from datamodules.stream.cursor import CursorDataModule, Segment
 from datamodules.stream.lightning_progress import epoch_is_open, expect_batches
 from datamodules.stream.loading import FaultTolerantDataset, PairLoader, identity, ignore_signals
+from datamodules.stream.order import StoredOrder
 from datamodules.stream.positions import PoolSampler
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.policies.base import DiffusionPolicy
@@ -144,6 +146,10 @@ class StepPoolDataModule(CursorDataModule):
     def _objective(self) -> Any:
         return getattr(self._running.lightning_module, "objective", None)
 
+    @property
+    def _policy(self) -> DiffusionPolicy:
+        return policy_of(self._running.lightning_module)
+
     # ------------------------------------------------------------------------------------- position
 
     @property
@@ -232,8 +238,6 @@ class StepPoolDataModule(CursorDataModule):
         """The pool of this number, complete and with enough pairs; sampled unless it is there."""
         name = self.reuse[number % len(self.reuse)] if self.reuse else self._make(number)
         manifest = read_manifest(self._folder(name))
-        if self.reuse:
-            check_reused(self._objective, self.sampler, name, manifest)
         per_step = self.pairs_per_batch * self._accumulated
         pairs = manifest.counts["pairs"]
         if pairs < max(self.min_pairs, per_step):
@@ -243,6 +247,8 @@ class StepPoolDataModule(CursorDataModule):
                 f"ranks x {self._accumulated} accumulated, and data.min_pairs is {self.min_pairs}. "
                 f"{what_to_change(manifest)}"
             )
+        if self.reuse:
+            check_reused(self._policy, self._objective, self.sampler, self._folder(name))
         batches = pairs // per_step * self._accumulated
         limit = self._running.limit_train_batches
         if type(limit) is int:
@@ -261,14 +267,10 @@ class StepPoolDataModule(CursorDataModule):
     def _make(self, number: int) -> str:
         """Sample what is missing of a pool, on all ranks together; the name of its folder."""
         trainer = self._running
-        policy = getattr(trainer.lightning_module, "policy", None)
-        if not isinstance(policy, DiffusionPolicy):
-            whose = type(trainer.lightning_module).__name__
-            raise ConfigError(f"{whose} has no policy to sample from; use AlignmentModule")
         assert self.scorer is not None  # the constructor lets only reuse go without, which makes no pools
         maker = PoolMaker(
             self.recipe,
-            policy,
+            self._policy,
             self.scorer,
             self.decoder,
             self.decoder_checks,
@@ -290,6 +292,17 @@ class StepPoolDataModule(CursorDataModule):
 
     def _pools(self) -> Path:
         return self.pools_dir or Path(self._running.default_root_dir) / "pools"
+
+
+def policy_of(module: Any) -> DiffusionPolicy:
+    """
+    Raises:
+        ConfigError: the module under training has none.
+    """
+    policy = getattr(module, "policy", None)
+    if not isinstance(policy, DiffusionPolicy):
+        raise ConfigError(f"{type(module).__name__} has no policy to sample from; use AlignmentModule")
+    return policy
 
 
 def check_trainer(trainer: Any) -> None:
@@ -334,16 +347,35 @@ def check_objective(objective: Any, whose: str, settings: dict[str, Any]) -> Non
             )
 
 
-def check_reused(objective: Any, sampler: StepSampler, name: str, manifest: Manifest) -> None:
+def check_reused(policy: DiffusionPolicy, objective: Any, sampler: StepSampler, folder: Path) -> None:
     """
     Raises:
-        ConfigError: a kept pool was sampled in other steps than the objective or ``sampler`` says.
+        ConfigError: a kept pool was sampled in other steps than the objective or ``sampler`` says, or from a policy
+            with another noise schedule or other latents.
     """
-    made_with = manifest.settings["sampler"]
-    check_objective(objective, name, made_with)
+    settings = read_manifest(folder).settings
+    made_with = settings["sampler"]
+    check_objective(objective, str(folder), made_with)
     if made_with["steps"] != sampler.steps:
         raise ConfigError(
-            f"{name} was sampled in {made_with['steps']} steps, data.sampler.steps is {sampler.steps}; make them equal"
+            f"{folder} was sampled in {made_with['steps']} steps, data.sampler.steps is {sampler.steps}; make them "
+            "equal"
+        )
+    if "schedule" not in settings:
+        log.warning("%s is of an earlier version and doesn't say which noise schedule it was sampled with", folder)
+    elif settings["schedule"] != schedule_fingerprint(policy.schedule):
+        raise ConfigError(
+            f"{folder} was sampled with another noise schedule than this run's policy has: the log-probabilities would "
+            "be of other steps; reuse pools of the same base model"
+        )
+    shards = open_pool(folder)
+    side = policy.image_size // policy.downscale
+    found = step_pair(shards.read(*StoredOrder(shards.sizes)[0]), 0).chosen.shape[1:]
+    wanted = (policy.latent_channels, side, side)
+    if found != wanted:
+        raise ConfigError(
+            f"{folder} holds latents of shape {tuple(found)}, this run's policy makes {wanted}; reuse pools of the "
+            "same base model"
         )
 
 

@@ -426,7 +426,7 @@ def test_prompt_files(suffix: str, damages: list, invented: bytes, value: Any) -
         for content in contents:
             path.write_bytes(content)
             for prompt in readable(lambda: load_prompts(path)) or []:
-                assert prompt.text.strip().encode()
+                assert prompt.strip().encode()
 
 
 def test_a_table_with_a_giant_field(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.prompts import Prompt, load_prompts
+from datamodules.prompts import load_prompts
 from lightning_modules.errors import DataError
 
 
@@ -18,23 +18,24 @@ def written(folder: Path, name: str, content: str | bytes) -> Path:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", "a cat\n\n  a dog \r\n", [Prompt("a cat"), Prompt("a dog")]),
-        ("a.txt", "\ufeffa cät", [Prompt("a cät")]),
-        ("hpd.json", '["a cat", "a dog"]', [Prompt("a cat"), Prompt("a dog")]),
-        ("spo.json", '[{"caption": "a cat", "trainset_idx": 7}]', [Prompt("a cat", index=7)]),
+        ("a.txt", "a cat\n\n  a dog \r\n", ["a cat", "a dog"]),
+        ("a.txt", "\ufeffa cät", ["a cät"]),
+        ("a.txt", "a cat\u2028on a mat\ntwo\x0cdogs\x85asleep\n", ["a cat\u2028on a mat", "two\x0cdogs\x85asleep"]),
+        ("hpd.json", '["a cat", "a dog"]', ["a cat", "a dog"]),
+        ("spo.json", '[{"caption": "a cat", "trainset_idx": 7}]', ["a cat"]),
         (
             "a.jsonl",
             '{"prompt": "a cat", "category": "animals"}\n\n{"prompt": "a\\u2028dog", "index": 2}\n',
-            [Prompt("a cat", "animals"), Prompt("a\u2028dog", None, 2)],
+            ["a cat", "a\u2028dog"],
         ),
         (
             "PartiPrompts.tsv",
             'Prompt\tCategory\tChallenge\tNote\na "cat\tAnimals\tBasic\t\ndog\tAnimals\tBasic\tx\n',
-            [Prompt('a "cat', "Animals"), Prompt("dog", "Animals")],
+            ['a "cat', "dog"],
         ),
     ],
 )
-def test_known_forms(tmp_path: Path, name: str, content: str, expected: list[Prompt]) -> None:
+def test_known_forms(tmp_path: Path, name: str, content: str, expected: list[str]) -> None:
     assert load_prompts(written(tmp_path, name, content)) == expected
 
 
@@ -47,7 +48,7 @@ def test_known_forms(tmp_path: Path, name: str, content: str, expected: list[Pro
         ("a.json", '{"caption": "x"}', "holds a JSON object, not a list"),
         ("a.json", '["x", 3]', "entry 2 has a number"),
         ("a.json", '[{"text": "x"}]', r"entry 1 has the fields \['text'\]"),
-        ("a.json", '[{"caption": "x", "trainset_idx": "7"}]', "entry 1 has the fields"),
+        ("a.json", '[{"caption": 7}]', "entry 1 has the fields"),
         ("a.json", '["x"', "the file is not valid JSON"),
         ("a.jsonl", '{"prompt": "x"}\n{', "line 2 is not valid JSON"),
         ("a.tsv", "Text\tCategory\nx\ty\n", "none is Prompt"),

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,8 +70,10 @@ def pool_trainer(folder, *callbacks, **options):
     return trainer(folder, *callbacks, **({"max_epochs": 1, "reload_dataloaders_every_n_epochs": 1} | options))
 
 
-def fit(pipelines, folder, pools, *callbacks, objective=None, ckpt_path=None, **options):
+def fit(pipelines, folder, pools, *callbacks, objective=None, ckpt_path=None, changed=None, **options):
     module = make(pipelines, reference=AdapterOff(), objective=objective or SPO(guidance_scale=1.0))
+    for name, value in (changed or {}).items():
+        setattr(module.policy, name, value(getattr(module.policy, name)))
     running = pool_trainer(folder, *callbacks, **options)
     running.fit(module, pools, ckpt_path=ckpt_path)
     return module, running
@@ -184,6 +188,46 @@ def test_a_fingerprint_follows_trained_weights_and_settings_alone(pipelines):
         next(iter(policy.trainable_parameters())).view(-1)[3] += 1e-6
     assert fingerprint(policy) != before
     assert fingerprint(RandomScorer(1.0)) != fingerprint(RandomScorer(2.0))
+
+
+def other_betas(schedule):
+    """What another ``scheduler_config.json`` of the same base makes: noisier at every timestep."""
+    return replace(schedule, alphas_cumprod=schedule.alphas_cumprod**1.01)
+
+
+def other_prediction(schedule):
+    return replace(schedule, prediction_type="v_prediction")
+
+
+@pytest.mark.parametrize("change", [other_betas, other_prediction])
+def test_a_pool_of_another_noise_schedule_is_not_mistaken(made, pipelines, tmp_path, change):
+    shutil.copytree(made[0].parent, tmp_path / "pools")
+    same, other = Watched(), Watched()
+    fit(pipelines, tmp_path, data(same, keep_pools=True))
+    fit(pipelines, tmp_path, data(other, keep_pools=True), changed={"schedule": change})
+    assert (len(same.asked), len(other.asked)) == (0, 6)
+    assert len(pools_in(tmp_path)) == 2
+
+
+def test_a_reused_pool_must_be_of_the_same_noise_schedule_and_latents(made, pipelines, tmp_path):
+    reuse = {"reuse": [str(made[0])], "prompts": None}
+    with pytest.raises(ConfigError, match="was sampled with another noise schedule than this run's policy has"):
+        fit(pipelines, tmp_path, data(**reuse), changed={"schedule": other_betas})
+    with pytest.raises(ConfigError, match=r"holds latents of shape \(4, 8, 8\), this run's policy makes \(4, 16, 16\)"):
+        fit(pipelines, tmp_path, data(**reuse), changed={"image_size": lambda side: 2 * side})
+
+
+def test_a_fingerprint_covers_buffers_and_tuples(pipelines):
+    """A reward's normalization, for one, is in buffers."""
+    network = RandomScorer()
+    network.register_buffer("mean", torch.zeros(3))
+    network.layers = (1, 2)
+    found = {fingerprint(network)}
+    network.mean[1] = 0.5
+    found.add(fingerprint(network))
+    network.layers = (1, 3)
+    found.add(fingerprint(network))
+    assert len(found) == 3
 
 
 # ------------------------------------------------------------------------------------------ resuming

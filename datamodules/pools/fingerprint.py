@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def digest(value: Any) -> str:
@@ -15,20 +16,42 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of a network: of all weights under training, of some numbers of each frozen tensor, of its settings.
+    """A hash of a network: all weights under training, some numbers of each frozen tensor, its settings.
 
     The frozen ones change only with the settings that name them, so that a few numbers tell them apart, and reading
     all of a large model for every pool would take longer than its prompts' first step.
     """
     found = hashlib.blake2b(digest_size=8)
     for name, part in module.named_modules():
-        plain = {key: value for key, value in vars(part).items() if isinstance(value, bool | int | float | str)}
+        plain = {key: value for key, value in vars(part).items() if _is_plain(value)}
         shown = sorted((key, value) for key, value in plain.items() if not key.startswith("_") and key != "training")
         found.update(repr((name, type(part).__name__, shown)).encode())
-    for name, parameter in module.named_parameters():
-        values = parameter.detach().reshape(-1)
-        if not parameter.requires_grad:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        values = tensor.detach().reshape(-1)
+        if not tensor.requires_grad:
             values = values[:: max(1, len(values) // 64)]
-        found.update(repr((name, tuple(parameter.shape), str(parameter.dtype))).encode())
-        found.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        found.update(_bytes(values))
     return found.hexdigest()
+
+
+def schedule_fingerprint(schedule: Any) -> str:
+    """A hash of a noise schedule: of every field of it, tables in full."""
+    found = hashlib.blake2b(repr(type(schedule).__name__).encode(), digest_size=8)
+    for field in fields(schedule):
+        value = getattr(schedule, field.name)
+        shown = (tuple(value.shape), str(value.dtype)) if isinstance(value, Tensor) else value
+        found.update(repr((field.name, shown)).encode())
+        if isinstance(value, Tensor):
+            found.update(_bytes(value))
+    return found.hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):  # a list may be a state
+        return all(_is_plain(entry) for entry in value)
+    return isinstance(value, bool | int | float | str)
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

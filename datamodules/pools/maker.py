@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies import Strategy
 
-from datamodules.pools.fingerprint import digest, fingerprint
+from datamodules.pools.fingerprint import digest, fingerprint, schedule_fingerprint
 from datamodules.pools.folder import SHARE, PoolFolder
 from lightning_modules.errors import ConfigError, DataError, UserError
 from lightning_modules.policies.base import DiffusionPolicy
@@ -138,6 +138,7 @@ class PoolMaker:
             "pool": number,
             "policy_step": policy_step,
             "policy": fingerprint(self.policy),
+            "schedule": schedule_fingerprint(self.policy.schedule),
             "scorer": f"{type(self.scorer).__name__} {fingerprint(self.scorer)}",
             "decoder": None if self.decoder is None else fingerprint(self.decoder),
             "sampler": asdict(self.recipe.sampler),
