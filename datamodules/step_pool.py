@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import Dataset
 
 from datamodules.pools.fingerprint import schedule_fingerprint
-from datamodules.pools.folder import QUANTILES, delete_pools, open_pool, read_manifest
+from datamodules.pools.folder import QUANTILES, delete_pools, finished_pools, open_pool, read_manifest
 from datamodules.pools.maker import LatentsDtype, PoolMaker, PoolRecipe
 from datamodules.pools.position import PoolPosition
 from datamodules.pools.samples import PoolPairs, collate_steps, step_pair
@@ -397,9 +397,11 @@ def open_pairs(folder: Path, seed: int, position: PoolPosition) -> PoolPairs:
     try:
         shards = open_pool(folder)
     except DataError as error:
+        there = ", ".join(path.name for path in finished_pools(folder.parent)) or "none"
         raise DataError(
-            f"{error}. The checkpoint is within the pool {folder}, which is needed to resume from it; resume "
-            "from a newer checkpoint, or set data.keep_pools in the run that makes them"
+            f"{error}. The checkpoint is within the pool {folder}, which is needed to resume from it (pools that are "
+            f"there: {there}); put it back, or give the --ckpt_path of a checkpoint at a pool's end or within one that "
+            "is there. data.keep_pools keeps them all"
         ) from error
     order = torch.randperm(len(shards), generator=generator(seed, "pool order", position.number)).tolist()
     return PoolPairs(shards, order, position.first_sample)

@@ -532,6 +532,7 @@ def test_curl_gives_up_by_itself_too_and_a_secret_is_no_argument(monkeypatch) ->
     monkeypatch.setattr(download, "_on_the_hub", lambda url: ("https://hub.invalid/file", "secret"))
     command, config = download._command("hf://datasets/a/b/00000.tar", 60.0)
     assert command[:5] == ["curl", "--fail", "--silent", "--show-error", "--location"]
+    assert "--globoff" in command
     assert command[-2:] == ["--", "https://hub.invalid/file"]
     assert command[command.index("--speed-time") + 1] == "60"
     assert not any("secret" in word for word in command)

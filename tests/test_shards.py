@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from datamodules.shards import download
 from datamodules.shards.download import Downloads
 from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import MANIFEST, Manifest
-from datamodules.shards.reader import IndexedShard
+from datamodules.shards.reader import IndexedShard, Located, ShardSet
 from datamodules.shards.samples import Sample, decode_picture, latent_members, pixel_members
 from datamodules.shards.writer import write_shard
 from datamodules.stream.order import ShuffledOrder, StoredOrder
@@ -246,3 +247,87 @@ def test_shuffle_shards_must_be_positive() -> None:
 def test_a_caption_is_required() -> None:
     with pytest.raises(DataError, match='s.tar, sample 7: the json member needs a text field "caption"'):
         Sample("s.tar", "7", {"json": b'{"text": 1}'}).info()
+
+
+# -------------------------------------------------------------------------- altered, and without an end
+
+
+def altered(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_byte_that_was_altered_at_the_same_size_is_refused_when_its_shard_is_first_read(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data", [2, 3])
+    shards = open_shards(str(folder))
+    altered(folder / "00001.tar", 700)  # within the first member's content: the index is what it was
+    assert shards.read(0, 1).info()["caption"] == "caption 1"
+    for _ in range(2):
+        with pytest.raises(DataError, match="shard .*00001.tar holds other bytes than its manifest says"):
+            shards.read(1, 0)
+
+
+def test_a_cached_download_that_was_altered_is_refused(tmp_path: Path) -> None:
+    there = write_shards(tmp_path / "there", [2])
+    command, downloads = f"pipe:cat {there}/00000.tar", Downloads(tmp_path / "cache")
+    located = Located(command, Manifest.read(there / MANIFEST).shards[0])
+    shards = ShardSet("pixels", [located], None, False, downloads, 2)
+    assert len(read_all(shards)) == 2
+    altered(downloads.path(command), 700)
+    with pytest.raises(DataError, match="holds other bytes than its manifest says"):
+        read_all(ShardSet("pixels", [located], None, False, downloads, 2))
+
+
+def test_a_shard_is_hashed_once_for_all_that_read_it(tmp_path: Path, monkeypatch) -> None:
+    """Shards that are closed and opened again, in this process and in workers, are not read twice for it."""
+    hashed = tmp_path / "hashed"
+    check = IndexedShard.check_digest
+
+    def noted(self, expected):
+        with hashed.open("a") as file:
+            file.write(f"{self.path.name}\n")
+        check(self, expected)
+
+    monkeypatch.setattr(IndexedShard, "check_digest", noted)
+    shards = open_shards(str(write_shards(tmp_path / "data", [1, 1, 1])), max_open=1)
+    for _ in range(2):
+        read_all(shards)
+    worker = torch.multiprocessing.get_context("fork").Process(target=read_all, args=(shards,))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0
+    assert hashed.read_text().split() == ["00000.tar", "00001.tar", "00002.tar"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_has_no_end_or_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "00000.tar"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path = Path("/dev/zero") if kind == "device" else tmp_path
+    with pytest.raises(DataError, match="is a folder, a pipe or a device; name a tar file"):
+        IndexedShard(path)
+    if kind == "pipe":
+        (tmp_path / MANIFEST).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / MANIFEST)
+        with pytest.raises(DataError, match=f"{MANIFEST} is a folder, a pipe or a device"):
+            open_shards(str(tmp_path))
+
+
+def test_zeros_without_end_behind_a_tar_are_refused_and_padding_is_not(tmp_path: Path) -> None:
+    shard = write_shards(tmp_path / "data", [1]) / "00000.tar"
+    size = shard.stat().st_size
+    (tmp_path / "data" / MANIFEST).unlink()
+    os.truncate(shard, size + 512 * 1024)
+    assert len(open_shards(str(shard))) == 1
+    os.truncate(shard, 1 << 40)  # a hole: it takes no room on the disk
+    with pytest.raises(DataError, match="bytes follow the tar file's end at byte .*, more than any padding"):
+        open_shards(str(shard))
+
+
+@pytest.mark.parametrize("names", ["{0..300000000}.tar", "{0..9999}/{0..9999}.tar", "{a,b}" * 30, "{a..z}" * 6])
+def test_a_brace_list_of_too_many_names_is_refused_before_it_is_made(names: str) -> None:
+    with pytest.raises(ConfigError, match="is a brace list of more than 1000000 names; name a folder"):
+        open_shards(names)

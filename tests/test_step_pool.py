@@ -323,9 +323,15 @@ def test_pools_are_kept_on_request_and_a_pool_of_other_weights_is_not_mistaken(p
 def test_a_pool_that_a_checkpoint_needs_and_that_is_gone_is_named(pipelines, tmp_path):
     with pytest.raises(Killed):
         long_run(pipelines, tmp_path, dies_after=3)
-    for pool in pools_in(tmp_path):
-        (pool / "manifest.json").unlink()
-    with pytest.raises(DataError, match="The checkpoint is within the pool"):
+    first, *_ = pools_in(tmp_path)
+    message = rf"within the pool .*{first.name}, .*\(pools that are there: {{}}\); put it back, or give the --ckpt_path"
+    other = first.with_name("pool-00007-0123456789ab")
+    shutil.copytree(first, other)
+    shutil.rmtree(first)
+    with pytest.raises(DataError, match=message.format(other.name)):
+        long_run(pipelines, tmp_path, resume=True)
+    shutil.rmtree(other)
+    with pytest.raises(DataError, match=message.format("none")):
         long_run(pipelines, tmp_path, resume=True)
 
 

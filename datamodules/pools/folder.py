@@ -188,6 +188,11 @@ def open_pool(folder: Path) -> ShardSet:
     return open_shards(str(folder), max_open=MAX_OPEN_SHARDS)
 
 
+def finished_pools(folder: Path) -> list[Path]:
+    """All complete pools below ``folder``, in order."""
+    return sorted(path.parent for path in folder.glob(f"*/{MANIFEST}") if POOL_NAME.fullmatch(path.parent.name))
+
+
 def delete_pools(folder: Path, needed: Collection[str]) -> None:
     """Delete all pools below ``folder`` but those of the ``needed`` names."""
     for path in folder.iterdir():

@@ -176,7 +176,8 @@ def _command(url: str, stall_seconds: float) -> tuple[str | list[str], str]:
     scheme, _, rest = url.partition(":")
     # curl watches too, for the case that the process that reads from it is killed while nothing comes.
     watched = ["--connect-timeout", f"{stall_seconds:g}", "--speed-limit", "1", "--speed-time", f"{stall_seconds:.0f}"]
-    curl = ["curl", "--fail", "--silent", "--show-error", "--location", *watched]
+    # Without --globoff, [1-5] and {a,b} in a URL would be a request for each.
+    curl = ["curl", "--fail", "--silent", "--show-error", "--location", "--globoff", *watched]
     if scheme == "pipe":
         return rest, ""
     if scheme in _CURL_SCHEMES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,9 +23,13 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or ``DataError``."""
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise DataError(f"{path} has {size} bytes, more than {MAX_JSON_BYTES}; it is damaged, make it again")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a named pipe would wait for a writer that may never come
+            raise DataError(f"{path} is a folder, a pipe or a device; name a JSON file")
+        if status.st_size > MAX_JSON_BYTES:
+            raise DataError(
+                f"{path} has {status.st_size} bytes, more than {MAX_JSON_BYTES}; it is damaged, make it again"
+            )
         value = parse_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error

@@ -16,6 +16,7 @@ from datamodules.shards.reader import REMEDY, IndexedShard, Located, ShardSet
 from lightning_modules.errors import ConfigError, DataError
 
 MAX_OPEN_SHARDS = 32
+MAX_SHARDS = 1_000_000  # of one brace list
 
 
 def open_shards(
@@ -52,10 +53,22 @@ def open_shards(
 
 
 def _expand(name: str) -> list[str]:
+    if _most_names(name) > MAX_SHARDS:
+        raise ConfigError(f"shards {name[:200]!r} is a brace list of more than {MAX_SHARDS} names; name a folder")
     try:
         return [location.removeprefix("file://") for location in expand_urls(name)]
     except (ValueError, KeyError) as error:
         raise ConfigError(f"shards {name!r}: {error}; write a brace list as {{00000..00009}}.tar") from error
+
+
+def _most_names(name: str) -> int:
+    """How many names a brace list stands for, or more, without making any of them."""
+    count = 1
+    for choices in re.findall(r"\{([^{}]*)\}", name):
+        bounds = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?", choices)
+        letters = 58 if ".." in choices else 1  # from A to z
+        count *= abs(int(bounds[2]) - int(bounds[1])) + 1 if bounds else choices.count(",") + letters
+    return count
 
 
 def _locate(location: str, downloads: Downloads) -> tuple[list[Located], Manifest]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 20
+MAX_PADDING_BYTES = 1 << 20  # tar fills up its last record: 10 kB, if not told otherwise
 _NAME, _SIZE, _CHECKSUM, _TYPE = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157)
 _MAGIC, _PREFIX = slice(257, 263), slice(345, 500)
 _PAX = (b"x", b"g")
@@ -88,8 +89,10 @@ def _check_extension(data: bytes) -> None:
 
 
 def _check_end(descriptor: int, position: int, end: int) -> None:
-    """Two empty blocks, and nothing behind them: a second tar file there would be lost in silence."""
+    """Two empty blocks, and only padding behind them: a second tar file there would be lost in silence."""
     _read(descriptor, position, 2 * BLOCK, end)
+    if end - position > MAX_PADDING_BYTES:  # a file with a hole may have terabytes of zeros that nobody wrote
+        raise TarError(f"{end - position} bytes follow the tar file's end at byte {position}, more than any padding")
     while data := os.pread(descriptor, 1 << 20, position):
         if any(data):
             raise TarError(f"something follows the tar file's end at byte {position}; were several put together?")
