@@ -131,12 +131,12 @@ class PreferencePairsDataModule(CursorDataModule):
         if self.train_set is None:
             self.setup("fit")
         assert self.train_set is not None
-        total = len(self.train_set)
-        if total < self.pairs_per_batch:
+        total, needed = len(self.train_set), self.pairs_per_batch * self.accumulated
+        if total < needed:
             raise DataError(
-                f"{self.shards} holds {total} usable pairs, one global batch needs {self.pairs_per_batch} "
-                f"(batch_size {self.batch_size} x {self.world_size} ranks); use fewer ranks, a smaller batch_size or "
-                "more data"
+                f"{self.shards} holds {total} usable pairs, one optimizer step needs {needed} (batch_size "
+                f"{self.batch_size} x {self.world_size} ranks x {self.accumulated} accumulated); use fewer ranks, a "
+                "smaller batch_size, less accumulation or more data"
             )
         if self.trainer and self.samples_seen() == 0:
             # A run that begins anew counts anew, before any rank reads.
@@ -145,7 +145,8 @@ class PreferencePairsDataModule(CursorDataModule):
             self.trainer.strategy.barrier("bad samples")
         # From here on a batch has this run's size, whatever it was before; idempotent between two batches.
         self._segment = Segment(self.batches_seen, self.samples_seen(), self.pairs_per_batch)
-        sampler = RunSampler(total, self.batch_size, self.rank, self.world_size, self.samples_seen)
+        sampler = RunSampler(total, self.batch_size, self.rank, self.world_size, self.samples_seen, self.accumulated)
+        self.check_epoch(sampler.batches)
         return self._loader(self.train_set, sampler)
 
     @property

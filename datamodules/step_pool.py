@@ -203,11 +203,11 @@ class StepPoolDataModule(CursorDataModule):
             if self._ends_here(position):
                 return self._loader(None, position)
             position = self._begin(position.number + 1)
-        elif (position.batch, position.accumulated) != (self.pairs_per_batch, self._accumulated):
+        elif (position.batch, position.accumulated) != (self.pairs_per_batch, self.accumulated):
             raise ConfigError(
                 f"the checkpoint is within a pool that was divided into {position.batch} pairs per batch over all "
                 f"ranks, {position.accumulated} batches per step, this run asks for {self.pairs_per_batch} and "
-                f"{self._accumulated}; resume with the same product of ranks and batch_size, and the same accumulation"
+                f"{self.accumulated}; resume with the same product of ranks and batch_size, and the same accumulation"
             )
         self._position = position
         return self._loader(open_pairs(self._folder(position.name), self.seed, position), position)
@@ -238,24 +238,25 @@ class StepPoolDataModule(CursorDataModule):
         """The pool of this number, complete and with enough pairs; sampled unless it is there."""
         name = self.reuse[number % len(self.reuse)] if self.reuse else self._make(number)
         manifest = read_manifest(self._folder(name))
-        per_step = self.pairs_per_batch * self._accumulated
+        per_step = self.pairs_per_batch * self.accumulated
         pairs = manifest.counts["pairs"]
         if pairs < max(self.min_pairs, per_step):
             raise DataError(
                 f"the pool {self._folder(name)} has {pairs} pairs of {manifest.counts['prompts']} prompts, needed are "
                 f"{max(self.min_pairs, per_step)}: an optimizer step takes {self.pairs_per_batch} per batch over all "
-                f"ranks x {self._accumulated} accumulated, and data.min_pairs is {self.min_pairs}. "
+                f"ranks x {self.accumulated} accumulated, and data.min_pairs is {self.min_pairs}. "
                 f"{what_to_change(manifest)}"
             )
         if self.reuse:
             check_reused(self._policy, self._objective, self.sampler, self._folder(name))
-        batches = pairs // per_step * self._accumulated
+        batches = pairs // per_step * self.accumulated
+        self.check_epoch(batches)
         limit = self._running.limit_train_batches
         if type(limit) is int:
             batches = min(batches, limit)
         first_sample = 0 if self._position is None else self._position.next_sample
         position = PoolPosition(
-            number, name, self.batches_seen, first_sample, batches, self.pairs_per_batch, self._accumulated
+            number, name, self.batches_seen, first_sample, batches, self.pairs_per_batch, self.accumulated
         )
         expect_batches(self._running, batches)
         log_pool(self._running, manifest, pairs - batches * self.pairs_per_batch)
@@ -281,11 +282,6 @@ class StepPoolDataModule(CursorDataModule):
             trainer.progress_bar_callback is not None,
         )
         return maker.make(number, trainer.global_step)
-
-    @property
-    def _accumulated(self) -> int:
-        """Batches per optimizer step."""
-        return int(self._running.accumulate_grad_batches)
 
     def _folder(self, name: str) -> Path:
         return Path(name) if self.reuse else self._pools() / name

@@ -653,8 +653,8 @@ def test_the_data_module_checks_latents_against_the_run(tmp_path: Path, policy: 
 def test_fewer_pairs_than_one_global_batch(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data", [3])
     message = refusal(lambda: PreferencePairsDataModule(str(folder), 4).train_dataloader())
-    assert message.startswith(f"{folder} holds 3 usable pairs, one global batch needs 4 (batch_size 4 x 1 ranks)")
-    assert "use fewer ranks, a smaller batch_size or more data" in message
+    assert message.startswith(f"{folder} holds 3 usable pairs, one optimizer step needs 4 (batch_size 4 x 1 ranks x 1 ")
+    assert "use fewer ranks, a smaller batch_size, less accumulation or more data" in message
 
 
 def test_shards_without_pairs(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from pairs_data import picture, rows, write_parquet, write_shards
 from PIL import Image
 from torch import nn
 
-from datamodules.pairs.samples import PairTransform, collate
+from datamodules.pairs.samples import EncodedPairs, PairTransform, collate
 from datamodules.preference_pairs import PreferencePairsDataModule
 from datamodules.shards.locate import open_shards
-from datamodules.shards.manifest import Manifest
-from datamodules.shards.samples import pixel_members
+from datamodules.shards.manifest import LatentsKey, Manifest
+from datamodules.shards.samples import latent_members, pixel_members
 from datamodules.shards.writer import write_shard
-from datamodules.stream.order import ShuffledOrder
+from datamodules.stream.order import ShuffledOrder, StoredOrder
 from datamodules.stream.positions import RunSampler
 from experiments import prepare_pickapic
 from lightning_modules.batches import PreferencePairs
@@ -145,6 +145,44 @@ def test_a_random_crop_is_the_part_of_the_picture_its_offset_names() -> None:
     assert torch.equal(pixels, whole[:, :, left : left + 10])
 
 
+def test_half_of_the_pairs_are_mirrored_and_crops_move_along_both_sides() -> None:
+    """Flip, column and row are three draws: of 400, a share of flips within 5 standard deviations (0.125) of a half."""
+    transform = PairTransform(10, random_crop=True, horizontal_flip=True)
+    wide, tall = pil(picture(0, (30, 10))), pil(picture(0, (10, 30)))
+    flips, across, down = [], [], []
+    for n in range(400):
+        pixels, _, ids, tall_ids = transform(wide, tall, generator("draws", n))
+        flips.append(float(pixels[1, 0, -1] < pixels[1, 0, 0]))  # green rises to the right
+        left = ids[3].item()
+        across.append(20 - left if flips[-1] else left)
+        down.append(tall_ids[2].item())
+    assert abs(np.mean(flips) - 0.5) < 0.125
+    for values in (across, down):
+        assert abs(np.mean(values) - 9.5) < 5 * (20 / 12**0.5) / 400**0.5  # int() of a uniform number below 20
+    for one, other in ((flips, across), (flips, down), (across, down)):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 5 / 400**0.5
+
+
+def test_latents_come_out_as_they_went_in_each_with_its_own_time_ids(tmp_path: Path) -> None:
+    latents = {"chosen": torch.full((4, 2, 2), 1.0), "rejected": torch.full((4, 2, 2), -1.0)}
+    embeds = {"embeds": torch.full((3, 5), 2.0), "pooled": torch.full((6,), 3.0)}
+    ids = {"chosen_time_ids": [20, 40, 1, 2, 10, 10], "rejected_time_ids": [30, 15, 3, 4, 10, 10]}
+    infos = [{"caption": "a", **ids}, {"caption": "b", **ids, "embeds_key": "000000000"}]
+    members = [(0, latent_members(latents, embeds, infos[0])), (1, latent_members(latents, None, infos[1]))]
+    info = write_shard(tmp_path / "00000.tar", members)
+    Manifest("latents", (info,), latents=LatentsKey("", 16, "centre", "float32")).write(tmp_path)
+    pairs = EncodedPairs(open_shards(str(tmp_path)), StoredOrder([2]))
+    batch = collate([pairs[0], pairs.item(7, 1)])
+    for part, value in (
+        (batch.chosen, 1), (batch.rejected, -1), (batch.cond.embeds, 2), (batch.cond.pooled, 3)
+    ):  # fmt: skip
+        assert part.unique().tolist() == [value]
+        assert len(part) == 2
+    assert batch.chosen_time_ids.tolist() == [ids["chosen_time_ids"]] * 2
+    assert batch.rejected_time_ids.tolist() == [ids["rejected_time_ids"]] * 2
+    assert (batch.prompts, batch.indices.tolist()) == (("a", "b"), [0, 7])
+
+
 # ------------------------------------------------------------------------------------------- sampling
 
 
@@ -228,6 +266,20 @@ def test_epochs_follow_one_another_without_loss(folder: Path, tmp_path: Path) ->
     assert [n for n, _ in samples(recorder)] == list(range(48))
     first_pass = [caption for n, caption in samples(recorder) if n < 23]
     assert sorted(first_pass) == sorted(f"caption {n}" for n in range(23))
+
+
+def test_an_epoch_is_of_whole_optimizer_steps(folder: Path, tmp_path: Path) -> None:
+    """23 pairs in batches of 4, two per step: an epoch of 5 batches would end in a step with half a gradient."""
+    recorder, training = Recorder(), trainer(tmp_path, 6, accumulate_grad_batches=2)
+    training.fit(recorder, module(folder))
+    assert [n for n, _ in samples(recorder)] == list(range(6 * 2 * 4))
+    assert training.current_epoch == 3  # of two steps each; what is left over opens the next epoch
+
+    with pytest.raises(DataError, match="23 usable pairs, one optimizer step needs 24 .*4 x 1 ranks x 6 accumulated"):
+        trainer(tmp_path, 1, accumulate_grad_batches=6).fit(Recorder(), module(folder))
+    for limit, batches in ((3, 3), (0.8, 3)):
+        with pytest.raises(ConfigError, match=f"limit_train_batches {limit} ends an epoch after {batches} batches"):
+            trainer(tmp_path, 1, accumulate_grad_batches=2, limit_train_batches=limit).fit(Recorder(), module(folder))
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8])

@@ -232,6 +232,19 @@ def test_epochs_and_seeds_differ() -> None:
     assert epochs[0] != epochs[1] != [other[n] for n in range(total)]
 
 
+def test_every_epoch_shuffles_the_shards_anew_and_the_samples_within_each_anew() -> None:
+    def epoch(order: ShuffledOrder, e: int) -> list[tuple[int, int]]:
+        return [order[n] for n in range(e * len(order), (e + 1) * len(order))]
+
+    one_by_one = ShuffledOrder([1] * 20, 0, 1)  # windows of one sample: only the order of the shards is random
+    assert epoch(one_by_one, 0) != epoch(one_by_one, 1)
+    one_shard = ShuffledOrder([20], 0, 1)  # only the order within the window is
+    assert epoch(one_shard, 0) != epoch(one_shard, 1)
+    alike = ShuffledOrder([20] * 2, 0, 1)
+    rows = [row for _, row in epoch(alike, 0)]
+    assert rows[:20] != rows[20:]  # each window of an epoch has an order of its own
+
+
 def test_a_window_of_shards_is_finished_before_the_next_is_opened() -> None:
     order = ShuffledOrder([10] * 8, 0, 2)
     windows = [{order[n][0] for n in range(start, start + 20)} for start in range(0, 80, 20)]

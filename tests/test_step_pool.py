@@ -10,10 +10,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from safetensors.torch import load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_world import make, trainer
 from torch.multiprocessing import ProcessRaisedException
@@ -24,11 +26,14 @@ from callbacks.resume.exact_resume import ExactResume
 from datamodules.pools import folder as pool_folder
 from datamodules.pools.fingerprint import fingerprint
 from datamodules.pools.folder import PoolFolder, open_pool, read_manifest
-from datamodules.pools.samples import step_pair
-from datamodules.step_pool import StepPoolDataModule
+from datamodules.pools.position import PoolPosition
+from datamodules.pools.samples import step_pair, step_samples
+from datamodules.shards.samples import Sample
+from datamodules.step_pool import StepPoolDataModule, open_pairs
 from datamodules.stream.order import StoredOrder
 from datamodules.stream.positions import PoolSampler
 from experiments import run
+from lightning_modules.batches import StepPairs
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.objectives.dpo import DPO
 from lightning_modules.objectives.spo import SPO
@@ -230,6 +235,48 @@ def test_a_fingerprint_covers_buffers_and_tuples(pipelines):
     assert len(found) == 3
 
 
+def test_a_pool_stores_the_better_candidate_as_chosen_and_gives_it_back_so(tmp_path):
+    """Written and read by hand on the other side: both could have swapped the same two."""
+    rows = {
+        name: torch.full((2, 4, 2, 2), value) for name, value in (("latents", 0.0), ("chosen", 1.0), ("rejected", -1.0))
+    }
+    rows["rejected_latents"] = torch.full((2, 4, 2, 2), 0.5)
+    times = torch.tensor([9, 5])
+    pairs = StepPairs(**rows, timesteps=times, prev_timesteps=times - 4, prompts=("a", "b"),
+                      score_gap=torch.tensor([0.25, 0.5]), indices=torch.arange(2))  # fmt: skip
+    rollout = SimpleNamespace(pairs=pairs, prompt_rows=torch.tensor([1, 0]))
+    (first, one), (second, two) = step_samples(rollout, 10, [9, 5], torch.float32)
+    assert (first, second) == (10 + 0 * 2 + 1, 10 + 1 * 2 + 0)  # by prompt, then step
+    for members, caption, timestep, gap in ((one, "b", 5, 0.5), (two, "a", 9, 0.25)):
+        stored = load(members["step.safetensors"])
+        assert {name: value.unique().item() for name, value in stored.items()} == values
+        info = json.loads(members["json"])
+        assert info == {"caption": caption, "timestep": timestep, "prev_timestep": timestep - 4, "score_gap": gap}
+        read = step_pair(Sample("here", "1", members), 3)
+        assert {name: getattr(read, name).unique().item() for name in values} == values
+        assert (read.prompts, read.timesteps.item(), read.prev_timesteps.item()) == ((caption,), timestep, timestep - 4)
+        assert (read.score_gap.item(), read.indices.item()) == (gap, 3)
+
+
+def test_pools_of_the_same_size_are_read_in_orders_of_their_own(made):
+    def order(number, seed=7):
+        return list(open_pairs(made[0], seed, PoolPosition(number, "", 0, 0, 1, 1, 1)).order)
+
+    first, second, other_seed = order(0), order(1), order(0, seed=8)
+    assert sorted(first) == sorted(second) == list(range(len(content(made[0]))))
+    assert first != second
+    assert first != other_seed
+    assert first == order(0)
+
+
+def test_each_pass_through_the_prompts_has_an_order_of_its_own():
+    recipe = data(prompts=[str(n) for n in range(20)], prompts_per_pool=20).recipe
+    passes = [[number % 20 for number in recipe.prompt_numbers(pool)] for pool in range(2)]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(20))
+    assert passes[0] != passes[1]
+    assert recipe.texts([23, 4]) == ["3", "4"]
+
+
 # ------------------------------------------------------------------------------------------ resuming
 
 
@@ -379,6 +426,8 @@ def test_an_epoch_must_be_a_pool(pipelines, tmp_path):
         fit(pipelines, tmp_path, data(), reload_dataloaders_every_n_epochs=0)
     with pytest.raises(ConfigError, match="limit_train_batches is 0.5"):
         fit(pipelines, tmp_path, data(), limit_train_batches=0.5)
+    with pytest.raises(ConfigError, match="limit_train_batches 1 ends an epoch after 1 batches, within an opt"):
+        fit(pipelines, tmp_path, data(batch_size=1), limit_train_batches=1, accumulate_grad_batches=2)
 
 
 @pytest.mark.parametrize(

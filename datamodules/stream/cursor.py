@@ -85,6 +85,27 @@ class CursorDataModule(LightningDataModule, ABC):
         return self.batch_size * self.world_size
 
     @property
+    def accumulated(self) -> int:
+        """Batches per optimizer step."""
+        return int(self.trainer.accumulate_grad_batches) if self.trainer else 1
+
+    def check_epoch(self, batches: int) -> None:
+        """
+        Args:
+            batches: Batches that the loader gives on each rank: whole optimizer steps.
+
+        Raises:
+            ConfigError: the trainer cuts them short within an optimizer step, whose gradient would be scaled down.
+        """
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        trained = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if trained % self.accumulated:
+            raise ConfigError(
+                f"trainer.limit_train_batches {limit} ends an epoch after {trained} batches, within an optimizer step "
+                f"of {self.accumulated}, whose gradient would be scaled down; give a multiple of that"
+            )
+
+    @property
     def batches_seen(self) -> int:
         """Batches that this rank has trained on since the run began; restored on resume."""
         return batches_trained(self.trainer) if self.trainer else 0

@@ -11,8 +11,9 @@ class RunSampler(Sampler[int]):
     """One rank's samples of one Lightning epoch.
 
     Rank r's batch m' of this epoch holds the samples n = start + (m' world + r) b + i, i < b, of the run's endless
-    stream. An epoch has floor(N / (b world)) batches on every rank; the samples left over open the next epoch, so
-    none is dropped.
+    stream. An epoch has floor(N / (b world a)) a batches on every rank: Lightning steps at an epoch's end whatever it
+    has gathered, and would scale down the gradient of a part of an optimizer step. The samples left over open the next
+    epoch, so none is dropped.
 
     Args:
         total: N.
@@ -20,11 +21,20 @@ class RunSampler(Sampler[int]):
         rank: r.
         world_size: Number of ranks.
         position: Asked each time the sampler is iterated: how many samples all ranks have seen.
+        accumulated: a, batches per optimizer step.
     """
 
-    def __init__(self, total: int, batch_size: int, rank: int, world_size: int, position: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        total: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        position: Callable[[], int],
+        accumulated: int = 1,
+    ) -> None:
         self.batch_size, self.rank, self.world_size, self.position = batch_size, rank, world_size, position
-        self.batches = total // (batch_size * world_size)
+        self.batches = total // (batch_size * world_size * accumulated) * accumulated
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
