@@ -28,11 +28,11 @@ from datamodules.pools.samples import PoolPairs, collate_steps, step_pair
 from datamodules.prompts import prompt_texts
 from datamodules.shards.manifest import Manifest
 from datamodules.stream.cursor import CursorDataModule, Segment
-from datamodules.stream.lightning_progress import epoch_is_open, expect_batches
 from datamodules.stream.loading import FaultTolerantDataset, PairLoader, identity, ignore_signals
 from datamodules.stream.order import StoredOrder
 from datamodules.stream.positions import PoolSampler
 from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.lightning_internals import epoch_is_open, expect_batches
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.policies.tiny_decoder import TinyDecoder
 from lightning_modules.randomness import generator

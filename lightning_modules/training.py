@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_modules.errors import ConfigError
+from lightning_modules.lightning_internals import forget_step_metrics
 from lightning_modules.randomness import derive_seed, generator
 from lightning_modules.running_means import RunningMeans
 from lightning_modules.weights.audit import mismatch
@@ -48,6 +49,7 @@ class TrainingModule(LightningModule):
         super().__init__()
         self.make_optimizer, self.make_lr_scheduler, self.seed, self.ema = optimizer, lr_scheduler, seed, ema
         self._means = {"train": RunningMeans(), "val": RunningMeans()}
+        self._logged: set[str] = set()  # by any step of training
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Network dropout is the one draw that comes from the global generator.
@@ -79,6 +81,10 @@ class TrainingModule(LightningModule):
         for name, value in means.items():
             shown = name in ("loss", "accuracy")
             self.log(f"{stage}/{name}", value, on_step=on_step, on_epoch=not on_step, prog_bar=shown, batch_size=1)
+        if on_step:  # a quarter of the timesteps, for one, of which no pair of this step is
+            absent = {name for name in self._logged if name not in means}
+            forget_step_metrics(self.trainer, {f"{stage}/{name}" for name in absent})
+            self._logged |= set(means)
 
     def _generators(self, batch: Any, *purpose: str) -> list[torch.Generator]:
         """One generator a sample of the batch, for draws of one purpose."""

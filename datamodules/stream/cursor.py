@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning import LightningDataModule
 
-from datamodules.stream.lightning_progress import batches_trained, replaces_samplers
 from lightning_modules.errors import ConfigError
+from lightning_modules.lightning_internals import batches_trained, replaces_samplers
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""What data modules need of Lightning beyond its public interface; every use of that is here, with its reason."""
+"""What this framework needs of Lightning beyond its public interface: every use of that is here, with its reason."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from lightning import Trainer
@@ -37,3 +38,13 @@ def replaces_samplers(trainer: Trainer) -> bool:
     """Whether Lightning puts samplers of its own in the place of ours; no public property tells."""
     connector = trainer._accelerator_connector
     return bool(connector.use_distributed_sampler and connector.is_distributed)
+
+
+def forget_step_metrics(trainer: Trainer, names: Collection[str]) -> None:
+    """Leave metrics out of the logs until a step logs them again.
+
+    Lightning repeats the last value of whatever an epoch has logged once, for every step, also where a step has none.
+    """
+    for metric in (trainer._results or {}).values():
+        if metric.meta.name in names:
+            metric.reset()
