@@ -23,7 +23,7 @@ from datamodules.stream.positions import RunSampler
 from experiments import prepare_pickapic
 from lightning_modules.batches import PreferencePairs
 from lightning_modules.errors import ConfigError, DataError
-from lightning_modules.randomness import generator
+from lightning_modules.randomness import generator, rand
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,8 @@ def test_half_of_the_pairs_are_mirrored_and_crops_move_along_both_sides() -> Non
         left = ids[3].item()
         across.append(20 - left if flips[-1] else left)
         down.append(tall_ids[2].item())
+        flip, column, row = rand([generator("draws", n)] * 3).tolist()
+        assert (flips[-1], across[-1], down[-1]) == (flip < 0.5, int(20 * column), int(20 * row))
     assert abs(np.mean(flips) - 0.5) < 0.125
     for values in (across, down):
         assert abs(np.mean(values) - 9.5) < 5 * (20 / 12**0.5) / 400**0.5  # int() of a uniform number below 20
