@@ -100,7 +100,7 @@ def clear_unfinished(folder: Path, name: str | None = None) -> None:
         name: only what was to be called so, whatever the numbers in it (``step=0000100``); None takes everything.
     """
     wanted = r".+" if name is None else re.sub(r"\d+", r"\\d+", re.escape(name))
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():
         if re.fullmatch(rf"\.{wanted}{UNFINISHED}\w+", path.name):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted is only in the way
