@@ -235,12 +235,10 @@ def test_a_fingerprint_covers_buffers_and_tuples(pipelines):
     assert len(found) == 3
 
 
-def test_a_pool_stores_the_better_candidate_as_chosen_and_gives_it_back_so(tmp_path):
+def test_a_pool_stores_the_better_candidate_as_chosen_and_gives_it_back_so():
     """Written and read by hand on the other side: both could have swapped the same two."""
-    rows = {
-        name: torch.full((2, 4, 2, 2), value) for name, value in (("latents", 0.0), ("chosen", 1.0), ("rejected", -1.0))
-    }
-    rows["rejected_latents"] = torch.full((2, 4, 2, 2), 0.5)
+    values = {"latents": 0.0, "chosen": 1.0, "rejected": -1.0, "rejected_latents": 0.5}
+    rows = {name: torch.full((2, 4, 2, 2), value) for name, value in values.items()}
     times = torch.tensor([9, 5])
     pairs = StepPairs(**rows, timesteps=times, prev_timesteps=times - 4, prompts=("a", "b"),
                       score_gap=torch.tensor([0.25, 0.5]), indices=torch.arange(2))  # fmt: skip
