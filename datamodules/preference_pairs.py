@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from datamodules.pairs.latents_key import check_latents
-from datamodules.pairs.samples import EncodedPairs, PairTransform, PixelPairs, collate
+from datamodules.pairs.samples import EncodedPairs, PairTransform, PixelPairs
 from datamodules.shards import bad_samples
 from datamodules.shards.bad_samples import BadSamples
 from datamodules.shards.download import Downloads
@@ -164,7 +164,7 @@ class PreferencePairsDataModule(CursorDataModule):
 
     def _loader(self, pairs: PixelPairs | EncodedPairs, sampler: Sampler[int] | None) -> PairLoader:
         return PairLoader(
-            FaultTolerantDataset(pairs, collate, self._bad[pairs.shards.fingerprint()]),
+            FaultTolerantDataset(pairs, self._bad[pairs.shards.fingerprint()]),
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,

@@ -24,7 +24,7 @@ from datamodules.pools.fingerprint import schedule_fingerprint
 from datamodules.pools.folder import QUANTILES, delete_pools, finished_pools, open_pool, read_manifest
 from datamodules.pools.maker import LatentsDtype, PoolMaker, PoolRecipe
 from datamodules.pools.position import PoolPosition
-from datamodules.pools.samples import PoolPairs, collate_steps, step_pair
+from datamodules.pools.samples import PoolPairs, step_pair
 from datamodules.prompts import prompt_texts
 from datamodules.shards.manifest import Manifest
 from datamodules.stream.cursor import CursorDataModule, Segment
@@ -222,7 +222,7 @@ class StepPoolDataModule(CursorDataModule):
         """What is left of a pool; without ``pairs`` nothing is."""
         seen = self._seen if pairs is not None else lambda: position.batches
         return PairLoader(
-            FaultTolerantDataset(pairs if pairs is not None else _Nothing(), collate_steps),
+            FaultTolerantDataset(pairs if pairs is not None else _Nothing()),
             batch_size=self.batch_size,
             sampler=PoolSampler(position.batches, self.batch_size, self.rank, self.world_size, seen),
             num_workers=self.num_workers if pairs is not None else 0,

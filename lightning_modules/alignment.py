@@ -132,7 +132,7 @@ class AlignmentModule(TrainingModule):
     def _encode_prompts(self, pairs: LatentPairs | StepPairs, dropout: float) -> Conditioning:
         """One row a pair; both pictures of a dropped pair lose their caption."""
         dropped = rand(self._generators(pairs, "caption_dropout")) < dropout
-        if pairs.cond is None:
+        if not isinstance(pairs, LatentPairs) or pairs.cond is None:
             return self.policy.encode_prompts(["" if d else p for d, p in zip(dropped.tolist(), pairs.prompts)])
         if not dropped.any():
             return pairs.cond

@@ -1,23 +1,28 @@
-"""The records that flow through a run. Frozen, typed, movable; no behaviour beyond that.
+"""The records that flow through a run: frozen, typed, moved and joined whole.
 
 Letters in shapes: b pairs, n queries (network evaluations), c h w latent, H W pixels, l tokens, d width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 Self = TypeVar("Self", bound="Record")
 
 
 class Record:
-    """Moves and pins every tensor of a frozen dataclass; Lightning calls ``to`` and ``pin_memory``."""
+    """What a frozen dataclass of tensors, texts and other records can do: every field that one has is moved, joined and
+    written with it, so that a new one is added in one place.
+
+    The first dimension of every tensor counts rows, as does the length of a tuple of texts. Lightning calls ``to`` and
+    ``pin_memory``.
+    """
 
     def _map(self: Self, function: Any) -> Self:
         changed = {}
@@ -32,6 +37,64 @@ class Record:
 
     def pin_memory(self: Self) -> Self:
         return self._map(lambda value: value.pin_memory())
+
+    @classmethod
+    def cat(cls: type[Self], parts: Sequence[Self]) -> Self:
+        """Rows of all parts, in order. What is neither tensor, text nor record (a guidance scale) must be one for all.
+
+        Raises:
+            ValueError: no parts, a field that some have and others do not, or tensors of different shapes.
+        """
+        if not parts:
+            raise ValueError(f"{cls.__name__}.cat wants at least one part")
+        names = [field.name for field in fields(parts[0])]  # type: ignore[arg-type]
+        joined = {name: _joined(name, [getattr(part, name) for part in parts]) for name in names}
+        return replace(parts[0], **joined)  # type: ignore[type-var]
+
+    def to_json(self) -> dict[str, Any]:
+        """Tensors as nested lists, by field."""
+        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_json(cls: type[Self], value: Mapping[str, Any]) -> Self:
+        """What ``to_json`` made; number types and ranks are the annotations'.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: it is something else.
+        """
+        hints = get_type_hints(cls)
+        found = {}
+        for field in fields(cls):  # type: ignore[arg-type]
+            hint = hints[field.name]
+            tensor = torch.tensor(value[field.name], dtype=_STORED_DTYPES[hint.dtype])
+            if tensor.ndim != len(hint.dims):
+                raise ValueError(f"{field.name} has {tensor.ndim} dimensions, not {len(hint.dims)}")
+            found[field.name] = tensor
+        if len({len(tensor) for tensor in found.values()}) > 1:
+            raise ValueError(f"fields of different lengths, { ({name: len(rows) for name, rows in found.items()}) }")
+        return cls(**found)
+
+
+_STORED_DTYPES = {Float: torch.float32, Int: torch.int64, Bool: torch.bool, Real: None}  # None: as the numbers are
+
+
+def _joined(name: str, values: Sequence[Any]) -> Any:
+    first = values[0]
+    kinds = {type(value) for value in values}
+    if len(kinds) > 1:
+        raise ValueError(f"{name} is {' in some and '.join(sorted(kind.__name__ for kind in kinds))} in others")
+    if isinstance(first, Tensor):
+        shapes = {tuple(value.shape[1:]) for value in values}
+        if len(shapes) > 1:
+            raise ValueError(f"{name} has different shapes, {' and '.join(map(str, sorted(shapes)))}")
+        return torch.cat(list(values))
+    if isinstance(first, Record):
+        return type(first).cat(values)
+    if isinstance(first, tuple):
+        return tuple(text for texts in values for text in texts)
+    if any(value != first for value in values):
+        raise ValueError(f"{name} differs, {' and '.join(sorted({str(value) for value in values}))}")
+    return first
 
 
 @dataclass(frozen=True)
@@ -61,16 +124,6 @@ class Conditioning(Record):
     def repeat_interleave(self, times: int) -> Conditioning:
         """Every row ``times`` times in a row: a a b b for times = 2."""
         return self._map(lambda value: value.repeat_interleave(times, dim=0))
-
-    @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Rows of all parts, in order. A field must be set in all parts or in none."""
-
-        def joined(name: str) -> Tensor | None:
-            values = [getattr(part, name) for part in parts]
-            return None if all(value is None for value in values) else torch.cat(values)
-
-        return Conditioning(torch.cat([part.embeds for part in parts]), joined("pooled"), joined("time_ids"))
 
 
 @dataclass(frozen=True)
@@ -132,25 +185,23 @@ class StepPairs(Record):
     Attributes:
         latents: x_t of the chosen step, and of the rejected one unless ``rejected_latents`` is given.
         chosen, rejected: the two x_{t-1}.
-        timesteps: t, int64.
-        prev_timesteps: the timestep that the step arrives at, int64; negative where it ends at clean latents.
+        timesteps: t, where the step starts.
+        next_timesteps: where it ends; the schedule's ``clean`` where that is at clean latents.
         prompts: captions, length b.
         score_gap: softmax([score of chosen, score of rejected])[0] - [1], in [0, 1].
         indices: position of each pair in the run's stream of samples.
         rejected_latents: the rejected step's own x_t, where a group of several inner steps has moved apart.
-        cond: the prompts' embeddings where they are stored with the pair, else None.
     """
 
     latents: Float[Tensor, "b c h w"]
     chosen: Float[Tensor, "b c h w"]
     rejected: Float[Tensor, "b c h w"]
-    timesteps: Int[Tensor, " b"]
-    prev_timesteps: Int[Tensor, " b"]
+    timesteps: Real[Tensor, " b"]
+    next_timesteps: Real[Tensor, " b"]
     prompts: tuple[str, ...]
     score_gap: Float[Tensor, " b"]
     indices: Int[Tensor, " b"]
     rejected_latents: Float[Tensor, "b c h w"] | None = None
-    cond: Conditioning | None = None
 
     def __len__(self) -> int:
         return self.chosen.shape[0]
@@ -162,12 +213,12 @@ class DenoiserQuery(Record):
 
     Attributes:
         latents: noisy latents x_t.
-        timesteps: t, int64 in 0 .. T - 1.
-        cond: one row a query.
+        timesteps: t, as the policy's schedule counts.
+        cond: one row per query.
         guidance_scale: w of eps = eps_negative + w (eps_cond - eps_negative); 1 means one pass without guidance.
     """
 
     latents: Float[Tensor, "n c h w"]
-    timesteps: Int[Tensor, " n"]
+    timesteps: Real[Tensor, " n"]
     cond: Conditioning
     guidance_scale: float = 1.0

@@ -11,9 +11,11 @@ process; what is reported is the ratio of their CPU times and of what they hold,
 
 import statistics
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from large_unet import SIDE, WIDTH, save_a_35m_unet
 from torch.nn.functional import logsigmoid
 
@@ -23,7 +25,7 @@ from lightning_modules.objectives import SPO
 from lightning_modules.policies.adaptation import LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff
-from lightning_modules.schedules.discrete import gaussian_log_prob
+from lightning_modules.schedules.base import gaussian_log_prob
 
 BATCH, ROUNDS = 4, 6
 
@@ -43,19 +45,18 @@ def pairs_near_the_policy(module):
     timesteps = torch.tensor([751, 551, 351, 151])
     latents = torch.randn(BATCH, 4, SIDE, SIDE)
     cond = Conditioning(torch.randn(BATCH, 77, WIDTH))
+    own = module.policy.encode_prompts  # of the negative prompt, which is one
+    module.policy.encode_prompts = lambda prompts: cond if len(prompts) == BATCH else own(prompts)
     pairs = StepPairs(
-        latents, latents, latents, timesteps, timesteps - 50, ("",) * BATCH, torch.ones(BATCH), torch.arange(BATCH),
-        cond=cond,
-    )  # fmt: skip
+        latents, latents, latents, timesteps, timesteps - 50, ("",) * BATCH, torch.ones(BATCH), torch.arange(BATCH)
+    )
     schedule = module.policy.schedule
     with torch.no_grad():
         output = module.policy.predict_noise(module.objective.query(pairs, cond, schedule, []))
         ends = [
             schedule.step(output, latents, timesteps, timesteps - 50, 1.0, torch.randn_like(latents)) for _ in range(2)
         ]
-    return StepPairs(
-        latents, *ends, timesteps, timesteps - 50, pairs.prompts, pairs.score_gap, pairs.indices, cond=cond
-    )
+    return replace(pairs, chosen=ends[0], rejected=ends[1])
 
 
 def restated_loss(module, reference_unet, pairs):
@@ -63,13 +64,13 @@ def restated_loss(module, reference_unet, pairs):
     policy, objective, schedule = module.policy, module.objective, module.policy.schedule
     log_ratios = []
     for end in (pairs.chosen, pairs.rejected):
-        query = objective.query(pairs, pairs.cond, schedule, [])
+        query = objective.query(pairs, policy.encode_prompts(pairs.prompts), schedule, [])
         with torch.no_grad():
             reference = policy.predict_noise(query, denoiser=reference_unet)
         log_probs = []
         for output in (policy.predict_noise(query), reference):
             mean, std = schedule.step_distribution(
-                output, pairs.latents, pairs.timesteps, pairs.prev_timesteps, objective.eta
+                output, pairs.latents, pairs.timesteps, pairs.next_timesteps, objective.eta
             )
             log_probs.append(gaussian_log_prob(end, mean, std))
         ratio = (log_probs[0] - log_probs[1]).exp().clamp(1 - objective.ratio_clip, 1 + objective.ratio_clip)

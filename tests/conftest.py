@@ -16,14 +16,12 @@ from jaxtyping import install_import_hook
 install_import_hook(
     [
         "lightning_modules.batches",
-        "lightning_modules.schedules.discrete",
+        "lightning_modules.schedules",
         "lightning_modules.objectives",
         "lightning_modules.rewards",
         "lightning_modules.randomness",
-        "lightning_modules.sampling.pictures",
+        "lightning_modules.sampling",
         "lightning_modules.references",
-        "lightning_modules.sampling.step_sampler",
-        "lightning_modules.sampling.step_scorers",
     ],
     "beartype.beartype",
 )

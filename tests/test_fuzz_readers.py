@@ -26,7 +26,7 @@ from safetensors.torch import save as save_tensors
 
 from callbacks.resume.checkpoint_files import damage, newest_whole_checkpoint
 from datamodules.pools.folder import PoolFolder, open_pool, read_manifest
-from datamodules.pools.samples import collate_steps, step_pair
+from datamodules.pools.samples import step_pair
 from datamodules.preference_pairs import PreferencePairsDataModule
 from datamodules.prompts import load_prompts
 from datamodules.shards.bad_samples import BadSample, BadSamples
@@ -36,6 +36,8 @@ from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import MANIFEST, LatentsKey, Manifest
 from datamodules.shards.samples import decode_picture, latent_members, pixel_members, step_members
 from datamodules.shards.writer import write_shard
+from datamodules.stream.loading import FaultTolerantDataset, PairLoader, identity
+from lightning_modules.batches import StepPairs
 from lightning_modules.errors import UserError
 from lightning_modules.rewards.step_aware import _read_weights
 
@@ -208,8 +210,14 @@ def read_pool(folder: Path) -> int:
     pairs = [readable(lambda n=n: step_pair(shards.read(0, n), n)) for n in range(len(shards.shard(0).keys))]
     pairs = [pair for pair in pairs if pair is not None]
     if pairs:
-        readable(lambda: collate_steps(pairs))
+        readable(lambda: batch_of(pairs))
     return len(pairs)
+
+
+def batch_of(pairs: list[StepPairs]) -> StepPairs:
+    """What a loader makes of them."""
+    (batch,) = PairLoader(FaultTolerantDataset(pairs), batch_size=len(pairs), collate_fn=identity)
+    return batch
 
 
 def read_pairs(source: str) -> int:
@@ -364,14 +372,15 @@ RECORD = {
     "comparisons": {
         "timesteps": [334, 1],
         "judged_at": [1, 0],
-        "scores": [[[0.5], [0.25]], [[0.5], [0.25]]],
-        "gaps": [[0.5], [0.25]],
-        "valid": [[True], [True]],
-        "same_choice": [[], []],
-        "same_valid": [[], []],
-        "unet_evaluations": 9,
-        "decodes": 3,
+        "scores": [[0.5, 0.25], [0.5, 0.25]],
+        "gaps": [0.5, 0.25],
+        "valid": [True, True],
+        "checked": [False, False],
+        "same_choice": [False, False],
+        "same_valid": [False, False],
     },
+    "unet_evaluations": 9,
+    "decodes": 3,
 }
 
 

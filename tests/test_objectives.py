@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lightning_modules.batches import Conditioning, LatentPairs
 from lightning_modules.errors import ConfigError
-from lightning_modules.objectives import DPO, IPO, SFT, Hinge, Sigmoid
-from lightning_modules.objectives.dpo import PairQuery
+from lightning_modules.objectives import DPO, IPO, SFT, Hinge
+from lightning_modules.objectives.pairwise import NoisedPairs
 from lightning_modules.randomness import generator
 from lightning_modules.schedules.discrete import NoiseSchedule
 
@@ -37,7 +37,7 @@ def dpo_loss(objective, target, policy, reference, timesteps=None):
     """``objective``'s loss on given network outputs; chosen rows first."""
     n = target.shape[0]
     timesteps = torch.zeros(n, dtype=torch.int64) if timesteps is None else timesteps
-    query = PairQuery(target, timesteps, Conditioning(torch.zeros(n, 1, 1)), target=target)
+    query = NoisedPairs(target, timesteps, Conditioning(torch.zeros(n, 1, 1)), target=target)
     return objective.loss(pairs(n // 2), query, policy, reference, SCHEDULE)
 
 
@@ -83,12 +83,22 @@ def test_dpo_margin_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "expected"),
-    [(Sigmoid(), math.log1p(math.exp(-0.2 * 2 / 2))), (IPO(), (2 - 1 / 0.4) ** 2), (Hinge(), 1 - 0.2 * 2)],
+    ("objective", "expected"),
+    [
+        (DPO(beta=0.2), math.log1p(math.exp(-0.2 * 2 / 2))),
+        (IPO(tau=0.2), (2 - 1 / 0.4) ** 2),
+        (Hinge(beta=0.2), 1 - 0.2 * 2),
+        (Hinge(beta=0.6), 0.0),
+        (IPO(tau=0.2, label_smoothing=0.25), 0.75 * (2 - 1 / 0.4) ** 2 + 0.25 * (-2 - 1 / 0.4) ** 2),
+        (Hinge(beta=0.2, label_smoothing=0.25), 0.75 * 0.6 + 0.25 * 1.4),
+    ],
 )
-def test_pair_losses_by_hand(loss_type, expected):
-    """m = 2 with beta = 0.2."""
-    assert loss_type(torch.tensor([2.0]), 0.2).item() == pytest.approx(expected, abs=1e-6)
+def test_losses_by_hand(objective, expected):
+    """Errors: policy 1, 4; reference 4, 5. m = (4 - 5) - (1 - 4) = 2."""
+    output = dpo_loss(objective, constant(0.0, 0.0), constant(1.0, 2.0), constant(2.0, 5**0.5))
+    assert output.metrics["margin"].item() == pytest.approx(2, abs=1e-6)
+    assert output.loss.item() == pytest.approx(expected, abs=1e-5)
+    assert ("reward_margin" in output.metrics) == isinstance(objective, DPO)
 
 
 def test_label_smoothing_by_hand():
@@ -106,14 +116,14 @@ def test_policy_equal_to_reference_gives_ln_2_and_half_accuracy():
     assert output.metrics["accuracy"].item() == 0.5
 
 
-@given(st.integers(0, 2**31), st.sampled_from([Sigmoid(), IPO(), Hinge()]))
+@given(st.integers(0, 2**31), st.sampled_from([DPO(beta=3.0), IPO(tau=3.0), Hinge(beta=3.0)]))
 @settings(max_examples=25, deadline=None)
-def test_swapping_chosen_and_rejected_negates_the_margin(seed, loss_type):
+def test_swapping_chosen_and_rejected_negates_the_margin(seed, objective):
     g = torch.Generator().manual_seed(seed)
     target, policy, reference = torch.randn(3, 4, 4, 2, 2, generator=g)
     swap = torch.tensor([2, 3, 0, 1])
-    ahead = dpo_loss(DPO(beta=3.0, loss_type=loss_type), target, policy, reference)
-    behind = dpo_loss(DPO(beta=3.0, loss_type=loss_type), target[swap], policy[swap], reference[swap])
+    ahead = dpo_loss(objective, target, policy, reference)
+    behind = dpo_loss(objective, target[swap], policy[swap], reference[swap])
     assert behind.metrics["margin"].item() == -ahead.metrics["margin"].item()
     assert behind.metrics["accuracy"].item() == pytest.approx(1 - ahead.metrics["accuracy"].item())
 
@@ -181,7 +191,11 @@ def test_metrics_by_quarter_speak_of_their_own_pairs_only():
     assert output.metrics["margin/t750-999"].isnan()
 
 
-@pytest.mark.parametrize("make", [lambda: DPO(beta=0.0), lambda: DPO(beta=-1.0), lambda: DPO(label_smoothing=0.5)])
-def test_settings_without_meaning_are_refused(make):
-    with pytest.raises(ConfigError, match="objective"):
-        make()
+@pytest.mark.parametrize("kind", [DPO, IPO, Hinge])
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_settings_without_meaning_are_refused(kind, value):
+    name = "tau" if kind is IPO else "beta"
+    with pytest.raises(ConfigError, match=f"objective.{name} must be above 0, got {value}"):
+        kind(**{name: value})
+    with pytest.raises(ConfigError, match="objective.label_smoothing must lie in"):
+        kind(label_smoothing=0.5)

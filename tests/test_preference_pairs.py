@@ -12,7 +12,7 @@ from pairs_data import picture, rows, write_parquet, write_shards
 from PIL import Image
 from torch import nn
 
-from datamodules.pairs.samples import EncodedPairs, PairTransform, collate
+from datamodules.pairs.samples import EncodedPairs, PairTransform
 from datamodules.preference_pairs import PreferencePairsDataModule
 from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import LatentsKey, Manifest
@@ -21,7 +21,7 @@ from datamodules.shards.writer import write_shard
 from datamodules.stream.order import ShuffledOrder, StoredOrder
 from datamodules.stream.positions import RunSampler
 from experiments import prepare_pickapic
-from lightning_modules.batches import PreferencePairs
+from lightning_modules.batches import LatentPairs, PreferencePairs
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.randomness import generator, rand
 
@@ -174,7 +174,7 @@ def test_latents_come_out_as_they_went_in_each_with_its_own_time_ids(tmp_path: P
     info = write_shard(tmp_path / "00000.tar", members)
     Manifest("latents", (info,), latents=LatentsKey("", 16, "centre", "float32")).write(tmp_path)
     pairs = EncodedPairs(open_shards(str(tmp_path)), StoredOrder([2]))
-    batch = collate([pairs[0], pairs.item(7, 1)])
+    batch = LatentPairs.cat([pairs[0], pairs.item(7, 1)])
     for part, value in (
         (batch.chosen, 1), (batch.rejected, -1), (batch.cond.embeds, 2), (batch.cond.pooled, 3)
     ):  # fmt: skip
@@ -339,10 +339,10 @@ def test_validation_reads_every_pair_in_stored_order(folder: Path, tmp_path: Pat
     assert recorder.validated == [f"caption {n}" for n in range(23)]
 
 
-def test_collate_stacks_rows_in_order(folder: Path) -> None:
+def test_a_batch_stacks_rows_in_order(folder: Path) -> None:
     data = module(folder)
     data.setup("fit")
-    batch = collate([data.train_set[n] for n in (3, 1)])
+    batch = PreferencePairs.cat([data.train_set[n] for n in (3, 1)])
     assert batch.indices.tolist() == [3, 1]
     assert torch.equal(batch.chosen[1:], data.train_set[1].chosen)
 
@@ -375,7 +375,7 @@ def test_labels_and_weights_are_those_of_the_data_set_and_1_where_it_has_none(tm
     ):
         data = module(shards, ties=True, val_shards=str(shards))
         data.setup("fit")
-        batch = collate([data.val_set[n] for n in range(3)])
+        batch = PreferencePairs.cat([data.val_set[n] for n in range(3)])
         assert batch.labels.tolist() == labels
         assert batch.weights.tolist() == pytest.approx(weights)
 

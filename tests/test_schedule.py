@@ -7,7 +7,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from lightning_modules.errors import ConfigError
-from lightning_modules.schedules.discrete import NoiseSchedule, gaussian_log_prob
+from lightning_modules.schedules.base import gaussian_log_prob
+from lightning_modules.schedules.discrete import NoiseSchedule
 
 SD15 = {
     "beta_schedule": "scaled_linear",
@@ -40,9 +41,11 @@ def test_alphas_are_diffusers(kind, zero_snr):
 def test_inference_timesteps_are_diffusers(spacing, steps):
     theirs = DDIMScheduler.from_config(SD15 | {"timestep_spacing": spacing, "steps_offset": 0})
     theirs.set_timesteps(steps)
-    ours, previous = schedule(timestep_spacing=spacing, steps_offset=0).inference_timesteps(steps)
-    assert torch.equal(ours, theirs.timesteps)
-    assert torch.equal(ours - previous, torch.full_like(ours, 1000 // steps))
+    ours = schedule(timestep_spacing=spacing, steps_offset=0).trajectory(steps)
+    assert [step.timestep for step in ours] == theirs.timesteps.tolist()
+    assert [step.index for step in ours] == list(range(steps))
+    # diffusers steps down by T / steps, and a negative end is the clean latents.
+    assert [step.next_timestep for step in ours] == [max(-1, step.timestep - 1000 // steps) for step in ours]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -51,10 +54,11 @@ def test_every_ddim_step_is_diffusers(prediction_type, eta):
     ours = schedule(prediction_type=prediction_type)
     theirs = DDIMScheduler.from_config(SD15 | {"prediction_type": prediction_type})
     theirs.set_timesteps(20)
-    for t, previous in zip(*ours.inference_timesteps(20)):
-        x, output, z = (noise(2, 4, 8, 8, seed=int(t) + i) for i in range(3))
+    for step in ours.trajectory(20):
+        t = step.timestep
+        x, output, z = (noise(2, 4, 8, 8, seed=t + i) for i in range(3))
         expected = theirs.step(output, t, x, eta=eta, variance_noise=z if eta else None).prev_sample
-        actual = ours.step(output, x, t.repeat(2), previous.repeat(2), eta, z)
+        actual = ours.step(output, x, torch.tensor([t] * 2), torch.tensor([step.next_timestep] * 2), eta, z)
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * max(1.0, expected.abs().max().item()))
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from lightning_modules.objectives import SPO
 from lightning_modules.policies.adaptation import LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff
-from lightning_modules.schedules.discrete import NoiseSchedule, gaussian_log_prob
+from lightning_modules.schedules.base import gaussian_log_prob
+from lightning_modules.schedules.discrete import NoiseSchedule
 
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 SCHEDULE = NoiseSchedule.from_scheduler_config(SD15)
@@ -30,7 +32,7 @@ def known_pairs(known):
         chosen=known["x_prev_win"],
         rejected=known["x_prev_lose"],
         timesteps=known["timesteps"],
-        prev_timesteps=known["timesteps"] - STEP,
+        next_timesteps=(known["timesteps"] - STEP).clamp(min=-1),
         prompts=("a",) * 6,
         score_gap=torch.full((6,), 0.5),
         indices=torch.arange(6),
@@ -48,7 +50,7 @@ def random_pairs(b=4, t=501, seed=0, apart=False):
 def rows(pairs, i):
     cut = slice(i, i + 1)
     return StepPairs(
-        pairs.latents[cut], pairs.chosen[cut], pairs.rejected[cut], pairs.timesteps[cut], pairs.prev_timesteps[cut],
+        pairs.latents[cut], pairs.chosen[cut], pairs.rejected[cut], pairs.timesteps[cut], pairs.next_timesteps[cut],
         pairs.prompts[cut], pairs.score_gap[cut], pairs.indices[cut],
     )  # fmt: skip
 
@@ -151,7 +153,7 @@ def test_the_clip_holds_ratios_and_stops_their_gradients():
     assert output.metrics["margin"].item() == pytest.approx(margin, abs=1e-5)
     assert output.metrics["clip_fraction"].item() == 0.5
     left = torch.autograd.grad(output.loss, policy)[0]
-    mean, std = SCHEDULE.step_distribution(policy, pairs.latents, pairs.timesteps, pairs.prev_timesteps, 1.0)
+    mean, std = SCHEDULE.step_distribution(policy, pairs.latents, pairs.timesteps, pairs.next_timesteps, 1.0)
     pull = torch.autograd.grad(gaussian_log_prob(pairs.rejected, mean, std).sum(), policy)[0]
     expected = 10 / (1 + math.exp(10 * margin)) * pull
     torch.testing.assert_close(left, expected, rtol=1e-4, atol=1e-6)
@@ -269,8 +271,11 @@ def lora_module(pipelines, known):
     return module
 
 
-def recorded_pairs(known, start, stop):
-    """The recorded transitions; their prompts' embeddings as recorded."""
+def recorded_pairs(known, start, stop, module):
+    """The recorded transitions; ``module`` encodes their prompts as recorded."""
+    recorded = Conditioning(known["sample.prompt_embeds"][start:stop, 0])
+    own = partial(type(module.policy).encode_prompts, module.policy)  # of the negative prompt, which is one
+    module.policy.encode_prompts = lambda prompts: recorded if len(prompts) == len(recorded) else own(prompts)
     timesteps = known["sample.timesteps"][start:stop, 0]
     n = stop - start
     return StepPairs(
@@ -278,11 +283,10 @@ def recorded_pairs(known, start, stop):
         chosen=known["sample.next_latents"][start:stop, 0],
         rejected=known["sample.next_latents"][start:stop, 1],
         timesteps=timesteps,
-        prev_timesteps=timesteps - STEP,
+        next_timesteps=(timesteps - STEP).clamp(min=-1),
         prompts=("",) * n,
         score_gap=torch.full((n,), 0.5),
         indices=torch.arange(start, stop),
-        cond=Conditioning(known["sample.prompt_embeds"][start:stop, 0]),
     )
 
 
@@ -297,7 +301,7 @@ def test_three_training_steps_are_the_official_ones(golden, pipelines, start):
     )
     for step, (first, last) in enumerate([(0, 5), (5, 10), (10, 12)]):
         calls.clear()
-        pairs = recorded_pairs(known, first, last)
+        pairs = recorded_pairs(known, first, last, module)
         output = module.compute_loss(pairs, "train")
         optimizer.zero_grad()
         output.loss.backward()
@@ -331,7 +335,7 @@ def test_pairs_that_have_moved_apart_cost_two_rows_in_one_forward_each(golden, p
     module = lora_module(pipelines, known)
     calls = []
     module.policy.unet.register_forward_pre_hook(lambda unet, inputs: calls.append(inputs[0].shape[0]))
-    pairs = recorded_pairs(known, 0, 3)
+    pairs = recorded_pairs(known, 0, 3, module)
     shared = module.compute_loss(pairs, "train").loss
     doubled = module.compute_loss(replace(pairs, rejected_latents=pairs.latents), "train").loss
     assert calls == [6, 6, 12, 12]

@@ -8,16 +8,18 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from jaxtyping import Float
 from lightning.pytorch import Callback
 from safetensors.torch import load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_world import make, trainer
+from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
 from callbacks.resume.checkpoint_files import AtomicCheckpointIO
@@ -30,6 +32,7 @@ from datamodules.pools.position import PoolPosition
 from datamodules.pools.samples import step_pair, step_samples
 from datamodules.shards.samples import Sample
 from datamodules.step_pool import StepPoolDataModule, open_pairs
+from datamodules.stream.loading import FaultTolerantDataset, PairLoader, identity
 from datamodules.stream.order import StoredOrder
 from datamodules.stream.positions import PoolSampler
 from experiments import run
@@ -240,7 +243,7 @@ def test_a_pool_stores_the_better_candidate_as_chosen_and_gives_it_back_so():
     values = {"latents": 0.0, "chosen": 1.0, "rejected": -1.0, "rejected_latents": 0.5}
     rows = {name: torch.full((2, 4, 2, 2), value) for name, value in values.items()}
     times = torch.tensor([9, 5])
-    pairs = StepPairs(**rows, timesteps=times, prev_timesteps=times - 4, prompts=("a", "b"),
+    pairs = StepPairs(**rows, timesteps=times, next_timesteps=times - 4, prompts=("a", "b"),
                       score_gap=torch.tensor([0.25, 0.5]), indices=torch.arange(2))  # fmt: skip
     rollout = SimpleNamespace(pairs=pairs, prompt_rows=torch.tensor([1, 0]))
     (first, one), (second, two) = step_samples(rollout, 10, [9, 5], torch.float32)
@@ -252,8 +255,34 @@ def test_a_pool_stores_the_better_candidate_as_chosen_and_gives_it_back_so():
         assert info == {"caption": caption, "timestep": timestep, "prev_timestep": timestep - 4, "score_gap": gap}
         read = step_pair(Sample("here", "1", members), 3)
         assert {name: getattr(read, name).unique().item() for name in values} == values
-        assert (read.prompts, read.timesteps.item(), read.prev_timesteps.item()) == ((caption,), timestep, timestep - 4)
+        assert (read.prompts, read.timesteps.item(), read.next_timesteps.item()) == ((caption,), timestep, timestep - 4)
         assert (read.score_gap.item(), read.indices.item()) == (gap, 3)
+
+
+@dataclass(frozen=True)
+class WeightedPairs(StepPairs):
+    """Step pairs with two fields more, which nothing in the packages knows."""
+
+    weight: Float[Tensor, " b"] | None = None
+    mask: Float[Tensor, "b c h w"] | None = None
+
+
+def test_a_new_field_of_step_pairs_is_joined_moved_and_stored_without_a_word_elsewhere():
+    latents, numbers = torch.zeros(1, 4, 2, 2), torch.tensor([5])
+
+    def pair(value):
+        extra = {"weight": torch.tensor([value]), "mask": latents + value}
+        return WeightedPairs(
+            latents, latents, latents, numbers, numbers - 1, ("a",), torch.tensor([0.5]), numbers, **extra
+        )
+
+    (batch,) = PairLoader(FaultTolerantDataset([pair(1.0), pair(2.0)]), batch_size=2, collate_fn=identity)
+    assert batch.to(torch.float64).weight.tolist() == [1.0, 2.0]
+    rollout = SimpleNamespace(pairs=batch, prompt_rows=torch.tensor([0, 1]))
+    stored = [members for _, members in step_samples(rollout, 0, [5], torch.float32)]
+    read = [step_pair(Sample("here", str(n), members), n, WeightedPairs) for n, members in enumerate(stored)]
+    assert [pair.weight.item() for pair in read] == [pair.mask.mean().item() for pair in read] == [1.0, 2.0]
+    assert step_pair(Sample("here", "0", stored[0]), 0).prompts == ("a",)
 
 
 def test_pools_of_the_same_size_are_read_in_orders_of_their_own(made):

@@ -15,7 +15,8 @@ from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.policies.tiny_decoder import TinyDecoder
 from lightning_modules.rewards import StepAwarePreferenceModel
 from lightning_modules.rewards.base import RewardModel, StepRewardModel
-from lightning_modules.sampling.step_sampler import Comparisons, Draws, SeededDraws, StepSampler, best_and_worst
+from lightning_modules.sampling.comparisons import Comparisons
+from lightning_modules.sampling.step_sampler import Draws, SeededDraws, StepSampler, best_and_worst
 from lightning_modules.sampling.step_scorers import (
     RandomScorer,
     RewardScorer,
@@ -42,7 +43,7 @@ class RecordedDraws(Draws):
     def randint(self, high):
         return self.integers.pop(0)
 
-    def chance(self, copies):
+    def control_noise(self, copies):
         return torch.zeros(copies, 2)
 
     @property
@@ -146,14 +147,14 @@ def replay(policy, known, path):
     draws, scorer = RecordedDraws(known), OfficialPreference(policy, mult)
     result = sampler.sample(policy, scorer, PROMPTS, draws)
     assert draws.used_up
-    assert torch.equal(result.comparisons.judged_at, known["pref.timesteps"][:, 0])
-    scores = result.comparisons.scores.flatten(1)
+    scores = result.comparisons.scores.unflatten(0, (-1, len(PROMPTS))).transpose(1, 2).flatten(1)  # candidate-major
+    assert torch.equal(result.comparisons.judged_at[:: len(PROMPTS)], known["pref.timesteps"][:, 0])
     torch.testing.assert_close(scores, known["pref.scores"], rtol=1e-3, atol=0)
     torch.testing.assert_close(scorer.seen[0], known["pref.image_first"], rtol=0, atol=1e-3)
     torch.testing.assert_close(scorer.seen[-1], known["pref.image_last"], rtol=0, atol=1e-3)
     pairs = result.pairs
     assert torch.equal(pairs.timesteps, known["out.timesteps"][:, 0])
-    assert torch.equal(pairs.prev_timesteps, pairs.timesteps - 1000 // sampler.steps)
+    assert torch.equal(pairs.next_timesteps, (pairs.timesteps - 1000 // sampler.steps).clamp(min=-1))
     assert pairs.prompts == tuple(PROMPTS[row] for row in result.prompt_rows.tolist())
     assert torch.equal(policy.recorded.embeds[result.prompt_rows], known["out.prompt_embeds"][:, 0])
     ends = torch.stack([pairs.chosen, pairs.rejected], dim=1)
@@ -240,22 +241,22 @@ def test_every_unet_pass_is_used_and_the_chosen_one_twice(sd15, unet_calls, inne
     candidates a step, the comparison's own being the next step's."""
     result = rollout(sd15, steps=6, branch_from_step=2, candidates=3, num_inner_step=inner)
     assert unet_calls == [4] * 3 + [12] * 3
-    assert result.comparisons.unet_evaluations == sum(unet_calls)
+    assert result.unet_evaluations == sum(unet_calls)
     compared = math.ceil(4 / (inner + 1))
-    assert result.comparisons.decodes == 6 * compared
-    assert result.comparisons.scores.shape == (compared, 3, 2)
+    assert result.decodes == 6 * compared
+    assert result.comparisons.scores.shape == (2 * compared, 3)
 
 
 def test_without_guidance_a_pass_costs_one_evaluation(sd15, unet_calls):
     result = rollout(sd15, guidance_scale=1.0)
     assert unet_calls == [2] * 2 + [4] * 2
-    assert result.comparisons.unet_evaluations == sum(unet_calls) == 12
+    assert result.unet_evaluations == sum(unet_calls) == 12
 
 
 def test_the_random_control_needs_no_candidates_pass_and_no_decode(sd15, unet_calls):
     result = rollout(sd15, RandomScorer())
     assert unet_calls == [4] * 4
-    assert result.comparisons.decodes == 0
+    assert result.decodes == 0
     assert len(result.pairs) == 6
 
 
@@ -326,9 +327,10 @@ def test_a_pool_does_not_depend_on_how_prompts_are_batched(sd15):
         parts = torch.cat([getattr(part.pairs, name) for part in split])
         torch.testing.assert_close(parts[found], getattr(together.pairs, name)[known], rtol=0, atol=1e-4)
     joined = Comparisons.cat([part.comparisons for part in split])
-    torch.testing.assert_close(joined.scores, together.comparisons.scores, rtol=1e-4, atol=1e-4)
-    assert joined.unet_evaluations == together.comparisons.unet_evaluations
-    assert joined.decodes == together.comparisons.decodes
+    order = joined.timesteps.argsort(descending=True, stable=True)
+    torch.testing.assert_close(joined.scores[order], together.comparisons.scores, rtol=1e-4, atol=1e-4)
+    assert sum(part.unet_evaluations for part in split) == together.unet_evaluations
+    assert sum(part.decodes for part in split) == together.decodes
 
 
 def _by_prompt(rows, timesteps):
@@ -416,9 +418,10 @@ def test_the_step_aware_preference_model_judges_the_decoded_predictions_at_their
 
     sampler = StepSampler(**PLAIN)
     scores = sampler.sample(sd15, StepAwareScorer(model), PROMPTS, SeededDraws(0, 0, range(2)), decode).comparisons
-    assert scores.judged_at.tolist() == [251, 1, 0]
-    for images, t, found in zip(seen, scores.judged_at, scores.scores):
-        torch.testing.assert_close(found.flatten(), model.score(images, PROMPTS * 2, t.repeat(4)))
+    judged_at = scores.judged_at[:: len(PROMPTS)]
+    assert judged_at.tolist() == [251, 1, 0]
+    for images, t, found in zip(seen, judged_at, scores.scores.split(len(PROMPTS))):
+        torch.testing.assert_close(found.T.flatten(), model.score(images, PROMPTS * 2, t.repeat(4)))
 
 
 # Agreement
@@ -436,7 +439,8 @@ def test_agreement_of_decoders_of_which_one_knows_the_answer(sd15, decode, same_
         sd15, RewardScorer(Redness()), PROMPTS, SeededDraws(0, 0, range(2)), decode=decode(sd15), checked=2
     )
     same = found.comparisons
-    assert same.same_choice.shape == same.same_valid.shape == (3, 2)
+    assert same.same_choice.shape == same.same_valid.shape == (6,)
+    assert same.checked.all()
     assert (same.same_choice == same_choice).all()
     assert same.same_valid.all()
     assert same.metrics()["decoder_agreement"] == float(same_choice)
@@ -456,8 +460,8 @@ def test_checking_a_tiny_decoder_changes_no_pair_asks_no_network_again_and_is_co
     assert torch.equal(plain.pairs.chosen, checked.pairs.chosen)
     assert torch.equal(plain.comparisons.scores, checked.comparisons.scores)
     # Three comparisons of four candidates of one of the two prompts.
-    assert checked.comparisons.decodes == plain.comparisons.decodes + 3 * 4 * 1
-    assert checked.comparisons.unet_evaluations == plain.comparisons.unet_evaluations
+    assert checked.decodes == plain.decodes + 3 * 4 * 1
+    assert checked.unet_evaluations == plain.unet_evaluations
     assert not any("agreement" in name for name in plain.comparisons.metrics())
     assert 0 <= checked.comparisons.metrics()["decoder_agreement"] < 1
 
@@ -483,15 +487,14 @@ def test_a_tiny_decoder_reads_the_vaes_scaled_latents(tmp_path):
 
 def test_metrics_by_hand():
     comparisons = Comparisons(
-        timesteps=torch.tensor([751, 701]),
-        judged_at=torch.tensor([701, 651]),
-        scores=torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 5.0], [5.0, 5.0]]]),
-        gaps=torch.tensor([[0.5, 0.1], [0.0, 0.0]]),
-        valid=torch.tensor([[True, False], [False, False]]),
-        same_choice=torch.tensor([[True], [False]]),
-        same_valid=torch.tensor([[True], [True]]),
-        unet_evaluations=7,
-        decodes=4,
+        timesteps=torch.tensor([751, 751, 701, 701]),
+        judged_at=torch.tensor([701, 701, 651, 651]),
+        scores=torch.tensor([[1.0, 3.0], [2.0, 4.0], [5.0, 5.0], [5.0, 5.0]]),
+        gaps=torch.tensor([0.5, 0.1, 0.0, 0.0]),
+        valid=torch.tensor([True, False, False, False]),
+        checked=torch.tensor([True, False, True, False]),
+        same_choice=torch.tensor([True, False, False, False]),
+        same_valid=torch.tensor([True, False, True, False]),
     )
     metrics = comparisons.metrics()
     assert metrics["score"] == 3.75
@@ -501,7 +504,6 @@ def test_metrics_by_hand():
     assert metrics["score/t701"] == 5.0
     assert (metrics["decoder_agreement"], metrics["decoder_agreement/t751"]) == (0.5, 1.0)
     assert metrics["decoder_agreement_valid"] == 1.0
-    assert (metrics["unet_evaluations"], metrics["decodes"]) == (7, 4)
 
 
 @pytest.mark.parametrize(

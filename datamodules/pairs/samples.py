@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,36 +156,3 @@ def _time_ids(sample: Sample, info: dict[str, Any], name: str) -> Float[Tensor, 
     ):
         raise sample.bad(f"{name} must be 6 numbers of pixels, got {str(values)[:80]}")
     return torch.tensor([values], dtype=torch.float32)
-
-
-def collate(pairs: Sequence[Any]) -> Any:
-    """One batch from batches of one, all of one type.
-
-    Raises:
-        DataError: latents or embeddings of different shapes, which no single preparation makes.
-    """
-    first = pairs[0]
-    if len({_shapes(pair) for pair in pairs}) > 1:
-        raise DataError(
-            f"samples of different shapes meet in a batch, {_shapes(first)} and others; they come from different "
-            "preparations: prepare them alike"
-        )
-
-    def stacked(name: str) -> Tensor:
-        return torch.cat([getattr(pair, name) for pair in pairs])
-
-    prompts = tuple(prompt for pair in pairs for prompt in pair.prompts)
-    chosen, rejected, indices = stacked("chosen"), stacked("rejected"), stacked("indices")
-    chosen_ids, rejected_ids = stacked("chosen_time_ids"), stacked("rejected_time_ids")
-    if isinstance(first, PreferencePairs):
-        labels, weights = stacked("labels"), stacked("weights")
-        return PreferencePairs(chosen, rejected, prompts, chosen_ids, rejected_ids, indices, labels, weights)
-    cond = Conditioning.cat([pair.cond for pair in pairs])
-    return LatentPairs(chosen, rejected, prompts, chosen_ids, rejected_ids, indices, cond)
-
-
-def _shapes(pair: PreferencePairs | LatentPairs) -> tuple[tuple[int, ...], ...]:
-    tensors = [pair.chosen]
-    if isinstance(pair, LatentPairs) and pair.cond is not None:
-        tensors += [value for value in (pair.cond.embeds, pair.cond.pooled) if value is not None]
-    return tuple(tuple(value.shape) for value in tensors)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from datamodules.pools.fingerprint import digest
 from datamodules.pools.samples import step_samples
@@ -27,11 +26,13 @@ from datamodules.shards.manifest import MANIFEST, Manifest, ShardInfo
 from datamodules.shards.reader import ShardSet
 from datamodules.shards.writer import write_shard
 from lightning_modules.errors import DataError
-from lightning_modules.sampling.step_sampler import Comparisons, Rollout
+from lightning_modules.sampling.comparisons import Comparisons
+from lightning_modules.sampling.step_sampler import Rollout
 
 POOL_NAME = re.compile(r"pool-\d{5}-[0-9a-f]{12}")
 # A network file system may show a file some seconds after another machine has written it.
 VISIBLE_WITHIN_SECONDS = 30.0
+COST = ("unet_evaluations", "decodes")  # of a rollout, added up over a pool
 QUANTILES = (10, 50, 90, 100)  # of the score gaps, in percent; to choose a threshold by
 # A pool's samples come in random order: reopening a shard for each would cost more than an index in memory.
 MAX_OPEN_SHARDS = 512
@@ -92,7 +93,7 @@ class PoolFolder:
         return [chunk for chunk in range(self.chunks) if not self._record(chunk).exists()]
 
     def write(
-        self, chunk: int, first_key: int, rollout: Rollout, transitions: Sequence[int], dtype: torch.dtype
+        self, chunk: int, first_key: int, rollout: Rollout, transitions: Sequence[int | float], dtype: torch.dtype
     ) -> None:
         """One chunk, atomically; its record last.
 
@@ -110,7 +111,8 @@ class PoolFolder:
         if len(rollout.pairs):
             samples = step_samples(rollout, first_key, transitions, dtype)
             shard = asdict(write_shard(self.path / f"{chunk:05d}.tar", samples))
-        write_json(self._record(chunk), {"shard": shard, "comparisons": _to_json(rollout.comparisons)})
+        cost = {name: getattr(rollout, name) for name in COST}
+        write_json(self._record(chunk), {"shard": shard, "comparisons": rollout.comparisons.to_json(), **cost})
 
     def wait_for_chunks(self) -> None:
         """
@@ -137,18 +139,17 @@ class PoolFolder:
         records = [read_json(self._record(chunk)) for chunk in range(self.chunks)]
         try:
             shards = tuple(ShardInfo(**record["shard"]) for record in records if record["shard"] is not None)
-            comparisons = Comparisons.cat([_from_json(record["comparisons"]) for record in records])
+            comparisons = Comparisons.cat([_read_comparisons(record) for record in records])
+            statistics = _statistics(comparisons, records)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{self.path}: a chunk's record is damaged ({reason}); delete the pool's folder") from error
         counts = {
-            "prompts": comparisons.gaps.shape[1],
-            "comparisons": comparisons.gaps.numel(),
+            "prompts": len(comparisons) // len(comparisons.timesteps.unique()),
+            "comparisons": len(comparisons),
             "pairs": sum(shard.samples for shard in shards),
         }
-        manifest = Manifest(
-            "steps", shards, counts, dict(settings), digest(settings), statistics=_statistics(comparisons)
-        )
+        manifest = Manifest("steps", shards, counts, dict(settings), digest(settings), statistics=statistics)
         manifest.write(self.path)
 
     def _record(self, chunk: int) -> Path:
@@ -200,46 +201,19 @@ def delete_pools(folder: Path, needed: Collection[str]) -> None:
             shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted is only in the way
 
 
-def _statistics(comparisons: Comparisons) -> dict[str, float]:
-    gaps = comparisons.gaps.flatten()
-    quantiles = gaps.quantile(torch.tensor(QUANTILES) / 100).tolist()
-    return comparisons.metrics() | {f"score_gap/quantile{q}": value for q, value in zip(QUANTILES, quantiles)}
+def _statistics(comparisons: Comparisons, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    quantiles = comparisons.gaps.quantile(torch.tensor(QUANTILES) / 100).tolist()
+    cost = {name: float(sum(int(record[name]) for record in records)) for name in COST}
+    named = {f"score_gap/quantile{q}": value for q, value in zip(QUANTILES, quantiles)}
+    return comparisons.metrics() | cost | named
 
 
-def _to_json(comparisons: Comparisons) -> dict[str, Any]:
-    fields = vars(comparisons)
-    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in fields.items()}
-
-
-def _from_json(value: Mapping[str, Any]) -> Comparisons:
+def _read_comparisons(record: Mapping[str, Any]) -> Comparisons:
     """
     Raises:
-        KeyError, TypeError, ValueError, RuntimeError: a record that is not what ``_to_json`` makes.
+        KeyError, TypeError, ValueError, RuntimeError: a record that is not what ``PoolFolder.write`` makes.
     """
-    gaps = torch.tensor(value["gaps"], dtype=torch.float32)
-    if gaps.ndim != 2:
-        raise ValueError(f"gaps of shape {tuple(gaps.shape)}")
-    found = Comparisons(
-        timesteps=torch.tensor(value["timesteps"], dtype=torch.int64),
-        judged_at=torch.tensor(value["judged_at"], dtype=torch.int64),
-        scores=torch.tensor(value["scores"], dtype=torch.float32),
-        gaps=gaps,
-        valid=torch.tensor(value["valid"], dtype=torch.bool),
-        same_choice=torch.tensor(value["same_choice"], dtype=torch.bool),
-        same_valid=torch.tensor(value["same_valid"], dtype=torch.bool),
-        unet_evaluations=int(value["unet_evaluations"]),
-        decodes=int(value["decodes"]),
-    )
-    m = len(gaps)
-    fits = (
-        gaps.numel() > 0
-        and found.valid.shape == gaps.shape
-        and found.scores.ndim == 3
-        and found.scores.shape[::2] == gaps.shape
-        and found.timesteps.shape == found.judged_at.shape == (m,)
-        and found.same_choice.ndim == 2
-        and found.same_choice.shape == found.same_valid.shape == (m, found.same_choice.shape[1])
-    )
-    if not fits or not gaps.isfinite().all() or not found.scores.isfinite().all():
-        raise ValueError(f"gaps of shape {tuple(gaps.shape)}, scores of shape {tuple(found.scores.shape)}")
+    found = Comparisons.from_json(record["comparisons"])
+    if not len(found) or not found.gaps.isfinite().all() or not found.scores.isfinite().all():
+        raise ValueError(f"{len(found)} comparisons, or gaps or scores that are not finite")
     return found

@@ -240,7 +240,7 @@ class PoolMaker:
         with self.strategy.precision_plugin.forward_context():
             checked = max(0, self.decoder_checks - first)
             rollout = self._roll_out(numbers[first : first + recipe.prompts_per_batch], number, checked, hidden)
-        transitions = self.policy.schedule.inference_timesteps(recipe.sampler.steps)[0].tolist()
+        transitions = [step.timestep for step in self.policy.schedule.trajectory(recipe.sampler.steps)]
         dtype = torch.float16 if recipe.latents_dtype == "float16" else torch.float32
         pool.write(chunk, first * len(transitions), rollout, transitions, dtype)
 

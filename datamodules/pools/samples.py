@@ -1,8 +1,15 @@
-"""Pairs of denoising steps as a pool stores and gives them back."""
+"""The pairs of a pool as samples of its shards: what a pair is stored as, and how it is read back.
+
+A tensor per pair lies in the sample's tensor file, a number per pair in its JSON, both under the record's own name but
+for those in ``STORED_AS``, so that a new field of ``StepPairs`` is stored without a word here. A pair's place in the
+run's stream (``indices``) is the reader's affair.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +22,8 @@ from datamodules.stream.order import StoredOrder
 from lightning_modules.batches import StepPairs
 from lightning_modules.errors import DataError
 from lightning_modules.sampling.step_sampler import Rollout
+
+STORED_AS = {"prompts": "caption", "timesteps": "timestep", "next_timesteps": "prev_timestep"}
 
 
 class PoolPairs(Dataset[StepPairs]):
@@ -37,79 +46,78 @@ class PoolPairs(Dataset[StepPairs]):
         return step_pair(self.shards.read(*self.stored[self.order[p]]), self.first_sample + p)
 
 
-def step_pair(sample: Sample, index: int) -> StepPairs:
-    """A stored pair as a batch of one, in fp32.
+def step_samples(
+    rollout: Rollout, first_key: int, transitions: Sequence[float], dtype: torch.dtype
+) -> Iterator[tuple[int, dict[str, bytes]]]:
+    """A chunk's pairs by prompt, then step, so that a pool's order does not depend on the size of its chunks.
+
+    Args:
+        rollout: of the chunk's prompts.
+        first_key: the number of the chunk's first possible pair in the pool.
+        transitions: the timesteps of a trajectory, in order; a prompt has as many possible pairs.
+        dtype: what latents are stored in.
+    """
+    for row in rollout.prompt_rows.argsort(stable=True).tolist():
+        place = transitions.index(rollout.pairs.timesteps[row].item())
+        key = first_key + int(rollout.prompt_rows[row]) * len(transitions) + place
+        tensors, info = _stored(rollout.pairs, row)
+        yield key, step_members({name: value.to(dtype) for name, value in tensors.items()}, info)
+
+
+def _stored(pairs: StepPairs, row: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    info: dict[str, Any] = {}
+    for field in fields(pairs):
+        name, values = STORED_AS.get(field.name, field.name), getattr(pairs, field.name)
+        if values is None or field.name == "indices":
+            continue
+        if isinstance(values, Tensor) and values.ndim > 1:
+            tensors[name] = values[row]
+        else:
+            info[name] = values[row].item() if isinstance(values, Tensor) else values[row]
+    return tensors, info
+
+
+def step_pair(sample: Sample, index: int, kind: type[StepPairs] = StepPairs) -> StepPairs:
+    """A stored pair as a batch of one; latents in fp32.
+
+    Args:
+        sample: of a pool's shard.
+        index: the pair's place in the run's stream.
+        kind: the record to read.
 
     Raises:
         DataError: the sample is damaged.
     """
     try:
-        info, latents = sample.info(), sample.tensors("step", latents=3, chosen=3, rejected=3)
-        if len({value.shape for value in latents.values()}) != 1:
+        info, tensors = sample.info(), sample.tensors("step", latents=3, chosen=3, rejected=3)
+        if len({value.shape for value in tensors.values()}) != 1:
             raise sample.bad("its tensors have different shapes")
         if not 0 <= float(info["score_gap"]) <= 1:
             raise sample.bad(f"score_gap must lie in [0, 1], got {str(info['score_gap'])[:80]}")
-        apart = latents["rejected_latents"].float()[None] if "rejected_latents" in latents else None
-        return StepPairs(
-            latents=latents["latents"].float()[None],
-            chosen=latents["chosen"].float()[None],
-            rejected=latents["rejected"].float()[None],
-            timesteps=torch.tensor([int(info["timestep"])]),
-            prev_timesteps=torch.tensor([int(info["prev_timestep"])]),
-            prompts=(info["caption"],),
-            score_gap=torch.tensor([float(info["score_gap"])]),
-            indices=torch.tensor([index]),
-            rejected_latents=apart,
-        )
+        return kind(**_read(kind, info, tensors), indices=torch.tensor([index]))
     except BadSampleError as error:
-        raise DataError(f"{error.sample}; delete its pool, a run makes it anew") from error
+        raise DataError(f"{error.sample}; delete its pool, a run makes it again") from error
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise DataError(
-            f"{sample.bad(f'no whole step ({error})').sample}; delete its pool, a run makes it anew"
-        ) from error
+        reason = sample.bad(f"no intact step ({error})").sample
+        raise DataError(f"{reason}; delete its pool, a run makes it again") from error
 
 
-def collate_steps(parts: Sequence[StepPairs]) -> StepPairs:
-    """One batch from batches of one pool.
-
-    Raises:
-        DataError: they are not alike.
-    """
-    forms = {(part.latents.shape, part.rejected_latents is None) for part in parts}
-    if len(forms) > 1:
-        raise DataError("a pool's pairs have different shapes; it was put together of several, delete it")
-
-    def stacked(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
-    return StepPairs(
-        latents=stacked("latents"),
-        chosen=stacked("chosen"),
-        rejected=stacked("rejected"),
-        timesteps=stacked("timesteps"),
-        prev_timesteps=stacked("prev_timesteps"),
-        prompts=tuple(prompt for part in parts for prompt in part.prompts),
-        score_gap=stacked("score_gap"),
-        indices=stacked("indices"),
-        rejected_latents=None if parts[0].rejected_latents is None else stacked("rejected_latents"),
-    )
+def _read(kind: type[StepPairs], info: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in fields(kind):
+        name = STORED_AS.get(field.name, field.name)
+        if field.name == "indices" or (field.default is not MISSING and name not in tensors and name not in info):
+            continue
+        if name in tensors:
+            values[field.name] = tensors[name].float()[None]
+        elif field.name == "prompts":
+            values[field.name] = (info[name],)
+        else:
+            values[field.name] = torch.tensor([_number(info[name], field.name in ("timesteps", "next_timesteps"))])
+    return values
 
 
-def step_samples(
-    rollout: Rollout, first_key: int, transitions: Sequence[int], dtype: torch.dtype
-) -> Iterator[tuple[int, dict[str, bytes]]]:
-    """The chunk's pairs by prompt, then step, so that a pool's order does not depend on the size of its chunks."""
-    pairs = rollout.pairs
-    tensors = {"latents": pairs.latents, "chosen": pairs.chosen, "rejected": pairs.rejected}
-    if pairs.rejected_latents is not None:
-        tensors["rejected_latents"] = pairs.rejected_latents
-    for row in rollout.prompt_rows.argsort(stable=True).tolist():
-        timestep = int(pairs.timesteps[row])
-        key = first_key + int(rollout.prompt_rows[row]) * len(transitions) + transitions.index(timestep)
-        info = {
-            "caption": pairs.prompts[row],
-            "timestep": timestep,
-            "prev_timestep": int(pairs.prev_timesteps[row]),
-            "score_gap": float(pairs.score_gap[row]),
-        }
-        yield key, step_members({name: value[row].to(dtype) for name, value in tensors.items()}, info)
+def _number(value: Any, timestep: bool) -> float:
+    """Timesteps are integers where the schedule's are, everything else is fp32."""
+    return int(value) if timestep and float(value).is_integer() else float(value)

@@ -8,7 +8,7 @@ import multiprocessing
 import signal
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,13 +107,11 @@ class FaultTolerantDataset(Dataset[Any]):
 
     Attributes:
         pairs: what is read.
-        collate: makes a batch of items.
         bad: the count of bad samples; item n is then made of the first whole sample at n, n + 1, ..., so that what
             replaces a bad one depends on n and the data alone. None makes a bad sample an error.
     """
 
     pairs: Dataset[Any]
-    collate: Callable[[Sequence[Any]], Any]
     bad: BadSamples | None = None
 
     def __len__(self) -> int:
@@ -125,9 +123,15 @@ class FaultTolerantDataset(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> LoadResult:
         skipped: list[BadSample] = []
         try:
-            batch = self.collate([self._whole(n, skipped) for n in indices])
+            items = [self._whole(n, skipped) for n in indices]
+            batch = type(items[0]).cat(items)
         except DataError as error:
             batch = DataError(str(error))
+        except ValueError as error:
+            batch = DataError(
+                f"samples of different forms meet in a batch: {error}; they come from different preparations or pools: "
+                "prepare them alike, or delete the pool"
+            )
         return LoadResult(batch, tuple(skipped))
 
     def _whole(self, n: int, skipped: list[BadSample]) -> Any:

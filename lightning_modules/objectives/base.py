@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_modules.batches import Conditioning, DenoiserQuery
-from lightning_modules.schedules.discrete import NoiseSchedule
+from lightning_modules.schedules.base import Schedule
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Objective(ABC):
     """A preference objective as a strategy: subclass it as a frozen dataclass of its hyper-parameters.
 
     Attributes:
-        needs_reference: whether ``loss`` reads ``reference_noise``.
+        needs_reference: whether ``loss`` reads ``reference_output``.
         needs_rejected: whether it reads the rejected picture.
     """
 
@@ -47,15 +47,15 @@ class Objective(ABC):
 
     @abstractmethod
     def query(
-        self, batch: Any, cond: Conditioning, schedule: NoiseSchedule, generators: Sequence[torch.Generator]
+        self, batch: Any, cond: Conditioning, schedule: Schedule, generators: Sequence[torch.Generator]
     ) -> DenoiserQuery:
         """Choose noise and timesteps and say where the denoiser has to be evaluated.
 
         Args:
             batch: b pairs, on the device of the networks.
-            cond: one row a pair.
+            cond: one row per pair.
             schedule: the diffusion schedule.
-            generators: one CPU generator a pair; every draw for pair i comes from ``generators[i]``.
+            generators: one CPU generator per pair; every draw for pair i comes from ``generators[i]``.
         """
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Objective(ABC):
         query: Any,
         policy_output: Float[Tensor, "n c h w"],
         reference_output: Float[Tensor, "n c h w"] | None,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
     ) -> LossOutput:
         """The loss from the networks' outputs at ``query``, in fp32.
 

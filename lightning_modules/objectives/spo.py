@@ -14,8 +14,8 @@ from torch.nn.functional import logsigmoid
 from lightning_modules.batches import Conditioning, DenoiserQuery, StepPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.objectives.base import LossOutput, Objective
-from lightning_modules.objectives.metrics import accuracy, by_quarter
-from lightning_modules.schedules.discrete import NoiseSchedule, gaussian_log_prob
+from lightning_modules.objectives.pairwise import accuracy, by_quarter, loss_output
+from lightning_modules.schedules.base import Schedule, gaussian_log_prob
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class SPO(Objective):
             raise ConfigError(f"objective.guidance_scale must be at least 1, got {self.guidance_scale}; SPO uses 5")
 
     def query(
-        self, batch: StepPairs, cond: Conditioning, schedule: NoiseSchedule, generators: Sequence[torch.Generator]
+        self, batch: StepPairs, cond: Conditioning, schedule: Schedule, generators: Sequence[torch.Generator]
     ) -> DenoiserQuery:
         """One row a pair where the pair shares x_t, else two, chosen rows first. Nothing is drawn."""
-        schedule.require_random_steps(batch.prev_timesteps)
+        schedule.require_random_steps(batch.timesteps, batch.next_timesteps)
         if batch.rejected_latents is None:
             return DenoiserQuery(batch.latents, batch.timesteps, cond, self.guidance_scale)
         return DenoiserQuery(
@@ -79,7 +79,7 @@ class SPO(Objective):
         query: DenoiserQuery,
         policy_output: Float[Tensor, "n c h w"],
         reference_output: Float[Tensor, "n c h w"] | None,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
     ) -> LossOutput:
         assert reference_output is not None
         policy = self._log_probs(batch, query, policy_output, schedule)
@@ -96,19 +96,16 @@ class SPO(Objective):
             "ratio_rejected": log_ratio[1].exp().mean(),
             "score_gap": batch.score_gap.float().mean(),
         }
-        metrics |= by_quarter(per_pair, batch.timesteps, schedule.num_timesteps)
-        loss = -logsigmoid(self.beta * margin).mean()
-        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+        metrics |= by_quarter(per_pair, batch.timesteps, schedule)
+        return loss_output(-logsigmoid(self.beta * margin), metrics)
 
     def _log_probs(
-        self, batch: StepPairs, query: DenoiserQuery, output: Float[Tensor, "n c h w"], schedule: NoiseSchedule
+        self, batch: StepPairs, query: DenoiserQuery, output: Float[Tensor, "n c h w"], schedule: Schedule
     ) -> Float[Tensor, "2 b"]:
         """log p of the chosen (row 0) and the rejected x_{t-1} (row 1), fp32."""
         pairs = len(batch)
-        arrivals = batch.prev_timesteps.repeat(query.latents.shape[0] // pairs)
-        mean, std = schedule.step_distribution(
-            output.float(), query.latents.float(), query.timesteps, arrivals, self.eta
-        )
+        ends = batch.next_timesteps.repeat(query.latents.shape[0] // pairs)
+        mean, std = schedule.step_distribution(output.float(), query.latents.float(), query.timesteps, ends, self.eta)
         # Of a shared x_t the first and the last rows are the same rows.
         chosen = gaussian_log_prob(batch.chosen.float(), mean[:pairs], std[:pairs])
         rejected = gaussian_log_prob(batch.rejected.float(), mean[-pairs:], std[-pairs:])

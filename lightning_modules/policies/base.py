@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_modules.batches import Conditioning, DenoiserQuery
-from lightning_modules.schedules.discrete import NoiseSchedule
+from lightning_modules.schedules.base import Schedule
 
 
 class DiffusionPolicy(nn.Module, ABC):
@@ -26,7 +26,7 @@ class DiffusionPolicy(nn.Module, ABC):
         blocks: classes of the denoiser's repeating blocks: what is gathered at a time where weights are sharded.
     """
 
-    schedule: NoiseSchedule
+    schedule: Schedule
     latent_channels: int
     downscale: int
     image_size: int

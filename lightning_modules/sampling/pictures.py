@@ -57,11 +57,12 @@ class Sampler:
         """
         cond = policy.encode_prompts(prompts)
         latents = noise.to(policy.device, torch.float32)
-        for t, previous in zip(*policy.schedule.inference_timesteps(self.steps)):
-            here, there = (step.to(latents.device).expand(len(prompts)) for step in (t, previous))
-            output = predict_noise(DenoiserQuery(latents, here, cond, self.guidance_scale))
+        for step in policy.schedule.trajectory(self.steps):
+            start = torch.full((len(prompts),), step.timestep, device=latents.device)
+            end = torch.full_like(start, step.next_timestep)
+            output = predict_noise(DenoiserQuery(latents, start, cond, self.guidance_scale))
             fresh = randn(latents.shape[1:], generators, latents.device) if self.eta else None
-            latents = policy.schedule.step(output, latents, here, there, self.eta, fresh)
+            latents = policy.schedule.step(output, latents, start, end, self.eta, fresh)
         return policy.decode(latents)
 
 

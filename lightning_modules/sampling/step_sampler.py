@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -21,7 +21,10 @@ from lightning_modules.batches import Conditioning, DenoiserQuery, StepPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import generator, randint, randn
+from lightning_modules.sampling.comparisons import Comparisons
 from lightning_modules.sampling.step_scorers import Decode, StepCandidates, StepScorer
+from lightning_modules.sampling.thresholds import Threshold
+from lightning_modules.schedules.base import Schedule, Step
 
 Continuation = Literal["random", "best", "worst"]
 
@@ -38,7 +41,7 @@ class Draws(ABC):
         """Uniform over {0, ..., high - 1}."""
 
     @abstractmethod
-    def chance(self, copies: int) -> Float[Tensor, "copies b"]:
+    def control_noise(self, copies: int) -> Float[Tensor, "copies b"]:
         """Standard normal numbers for scorers that are controls, from a stream of their own."""
 
 
@@ -50,7 +53,7 @@ class SeededDraws(Draws):
 
     def __init__(self, seed: int, epoch: int, prompt_indices: Sequence[int]) -> None:
         self._noise = [generator(seed, "rollout", epoch, index) for index in prompt_indices]
-        self._chance = [generator(seed, "rollout chance", epoch, index) for index in prompt_indices]
+        self._control = [generator(seed, "rollout chance", epoch, index) for index in prompt_indices]
 
     def randn(self, copies: int, shape: Sequence[int]) -> Float[Tensor, "copies b *shape"]:
         return randn((copies, *shape), self._noise).transpose(0, 1)
@@ -58,67 +61,8 @@ class SeededDraws(Draws):
     def randint(self, high: int) -> Int[Tensor, " b"]:
         return randint(high, self._noise)
 
-    def chance(self, copies: int) -> Float[Tensor, "copies b"]:
-        return randn((copies,), self._chance).T
-
-
-@dataclass(frozen=True)
-class Comparisons:
-    """All m comparisons of b prompts' trajectories; what a pool's statistics are made of. On the CPU.
-
-    Attributes:
-        timesteps: the t whose candidates were compared (x_t is what they share).
-        judged_at: the timestep at which the scorer saw them; 0 after the last step.
-        scores: of every candidate.
-        gaps: softmax([best, worst])[0] - [1].
-        valid: whether the gap passed the sampler's threshold.
-        same_choice: of the n prompts that were judged behind the policy's own decoder too: whether the same candidate
-            scored highest and the same one lowest. n is 0 where nothing was checked.
-        same_valid: of these: whether both judgements pass the threshold, or neither.
-        unet_evaluations: network evaluations of one sample each; guidance costs two.
-        decodes: pictures decoded, by either decoder.
-    """
-
-    timesteps: Int[Tensor, " m"]
-    judged_at: Int[Tensor, " m"]
-    scores: Float[Tensor, "m k b"]
-    gaps: Float[Tensor, "m b"]
-    valid: Bool[Tensor, "m b"]
-    same_choice: Bool[Tensor, "m n"]
-    same_valid: Bool[Tensor, "m n"]
-    unet_evaluations: int
-    decodes: int
-
-    @staticmethod
-    def cat(parts: Sequence[Comparisons]) -> Comparisons:
-        """The comparisons of all prompts of several rollouts by one sampler."""
-        return Comparisons(
-            parts[0].timesteps,
-            parts[0].judged_at,
-            torch.cat([part.scores for part in parts], dim=2),
-            torch.cat([part.gaps for part in parts], dim=1),
-            torch.cat([part.valid for part in parts], dim=1),
-            torch.cat([part.same_choice for part in parts], dim=1),
-            torch.cat([part.same_valid for part in parts], dim=1),
-            sum(part.unet_evaluations for part in parts),
-            sum(part.decodes for part in parts),
-        )
-
-    def metrics(self) -> dict[str, float]:
-        """Mean score, valid fraction and score gap, over all and by timestep (``score_gap/t751``), and the cost.
-
-        Where the policy's own decoder was asked too, ``decoder_agreement`` is the fraction of these comparisons with
-        the same best and the same worst candidate behind both decoders (1 / (k (k - 1)) by chance), and
-        ``decoder_agreement_valid`` of those that both keep or both drop.
-        """
-        means = {"score": self.scores.mean(dim=1), "valid_fraction": self.valid.float(), "score_gap": self.gaps}
-        if self.same_choice.numel():
-            means["decoder_agreement"] = self.same_choice.float()
-            means["decoder_agreement_valid"] = self.same_valid.float()
-        metrics = {name: value.mean().item() for name, value in means.items()}
-        for row, t in enumerate(self.timesteps.tolist()):
-            metrics |= {f"{name}/t{t}": value[row].mean().item() for name, value in means.items()}
-        return metrics | {"unet_evaluations": float(self.unet_evaluations), "decodes": float(self.decodes)}
+    def control_noise(self, copies: int) -> Float[Tensor, "copies b"]:
+        return randn((copies,), self._control).T
 
 
 @dataclass(frozen=True)
@@ -127,14 +71,18 @@ class Rollout:
 
     Attributes:
         pairs: the valid pairs, in the order of steps, then prompts. ``indices`` counts them; whoever builds a
-            pool out of several rollouts numbers them anew.
+            pool out of several rollouts numbers them again.
         prompt_rows: which of the call's prompts each pair belongs to.
-        comparisons: every comparison, valid or not.
+        comparisons: every comparison, valid or not, in the order of steps, then prompts.
+        unet_evaluations: network evaluations of one sample each; guidance costs two.
+        decodes: pictures decoded, by either decoder.
     """
 
     pairs: StepPairs
     prompt_rows: Int[Tensor, " n"]
     comparisons: Comparisons
+    unet_evaluations: int
+    decodes: int
 
 
 @dataclass(frozen=True)
@@ -148,7 +96,8 @@ class StepSampler:
         eta: as the objective's; above 0, or there is nothing to choose from.
         candidates: k.
         branch_from_step: steps before it are plain; 4 of 20 starts at t = 751, where pictures begin to differ.
-        threshold: a pair is valid if softmax([best score, worst score])[0] - [1] is above it; in [0, 1).
+        threshold: a pair is valid if softmax([best score, worst score])[0] - [1] is above it; in [0, 1), or a
+            ``Threshold`` that differs from step to step.
         continuation: which candidate the trajectory goes on from. The paper's is "random"; "best" and "worst" are
             its ablation.
         num_inner_step: further plain steps that the candidates take before they are compared, so that a comparison
@@ -161,7 +110,7 @@ class StepSampler:
     eta: float = 1.0
     candidates: int = 4
     branch_from_step: int = 4
-    threshold: float = 0.3
+    threshold: float | Threshold = 0.3
     continuation: Continuation = "random"
     num_inner_step: int = 0
     decode_batch: int = 8
@@ -172,7 +121,10 @@ class StepSampler:
             "eta": (0 < self.eta <= 1, "in (0, 1]: without noise all candidates are one"),
             "candidates": (self.candidates >= 2, "at least 2"),
             "branch_from_step": (0 <= self.branch_from_step < self.steps, f"in [0, steps = {self.steps})"),
-            "threshold": (0 <= self.threshold < 1, "in [0, 1), a difference of two probabilities"),
+            "threshold": (
+                isinstance(self.threshold, Threshold) or 0 <= self.threshold < 1,
+                "in [0, 1), a difference of two probabilities",
+            ),
             "num_inner_step": (self.num_inner_step >= 0, "0 or more"),
             "decode_batch": (self.decode_batch >= 1, "at least 1"),
         }
@@ -188,7 +140,6 @@ class StepSampler:
         prompts: Sequence[str],
         draws: Draws,
         decode: Decode | None = None,
-        image_size: int | None = None,
         after_step: Callable[[int], None] = lambda step: None,
         checked: int = 0,
     ) -> Rollout:
@@ -203,7 +154,6 @@ class StepSampler:
             prompts: length b.
             draws: b prompts' random numbers.
             decode: latents to pictures in [0, 1] in place of the policy's own decoder, such as a ``TinyDecoder``.
-            image_size: side of the pictures in pixels; None is the policy's own.
             after_step: told the number of finished steps, for a progress bar.
             checked: how many prompts, from the first on, are judged behind the policy's own decoder too, only to
                 see how far ``decode`` leads to the same choices; what is kept does not depend on it.
@@ -214,27 +164,32 @@ class StepSampler:
         training = policy.training
         policy.eval()
         try:
-            return self._walk(
-                _Walk(self, policy, scorer, tuple(prompts), draws, decode or policy.decode, checked),
-                image_size or policy.image_size,
-                after_step,
-            )
+            walk = _Walk(self, policy, scorer, tuple(prompts), draws, decode or policy.decode, checked)
+            return self._roll_out(walk, after_step)
         finally:
             policy.train(training)
 
-    def _walk(self, walk: _Walk, image_size: int, after_step: Callable[[int], None]) -> Rollout:
+    def thresholds(self, trajectory: tuple[Step, ...], schedule: Schedule) -> list[float]:
+        """What the gap of a comparison at each step must exceed."""
+        if isinstance(self.threshold, Threshold):
+            return self.threshold.at(trajectory, schedule)
+        return [self.threshold] * len(trajectory)
+
+    def _roll_out(self, walk: _Walk, after_step: Callable[[int], None]) -> Rollout:
         policy = walk.policy
-        timesteps, arrivals = policy.schedule.inference_timesteps(self.steps)
-        policy.schedule.require_random_steps(arrivals)
-        walk.start((policy.latent_channels, image_size // policy.downscale, image_size // policy.downscale))
-        steps = list(zip(timesteps.tolist(), arrivals.tolist()))
-        for number, (t, arrival) in enumerate(steps[: self.branch_from_step], start=1):
-            walk.advance(t, arrival)
-            after_step(number)
+        trajectory = policy.schedule.trajectory(self.steps)
+        starts = torch.tensor([step.timestep for step in trajectory])
+        policy.schedule.require_random_steps(starts, torch.tensor([step.next_timestep for step in trajectory]))
+        thresholds = self.thresholds(trajectory, policy.schedule)
+        side = policy.image_size // policy.downscale
+        walk.start((policy.latent_channels, side, side))
+        for step in trajectory[: self.branch_from_step]:
+            walk.advance(step)
+            after_step(step.index + 1)
         for first in range(self.branch_from_step, self.steps, self.num_inner_step + 1):
-            last = min(first + self.num_inner_step + 1, self.steps)
-            walk.compare(steps[first:last], next_timestep=steps[last][0] if last < self.steps else None)
-            after_step(last)
+            group = trajectory[first : first + self.num_inner_step + 1]
+            walk.compare(group, thresholds[first], finished=group[-1] is trajectory[-1])
+            after_step(group[-1].index + 1)
         return walk.rollout()
 
 
@@ -270,7 +225,7 @@ class _Walk:
     output: Tensor | None = None
     pairs: list[StepPairs] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
-    comparisons: list[tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    comparisons: list[Comparisons] = field(default_factory=list)
 
     def start(self, shape: tuple[int, ...]) -> None:
         """Encode the prompts and draw x_T."""
@@ -278,39 +233,48 @@ class _Walk:
         self.cond: Conditioning = self.policy.encode_prompts(self.prompts)
         self.latents = self._noise(1, shape)
 
-    def advance(self, t: int, arrival: int) -> None:
+    def advance(self, step: Step) -> None:
         """A plain step of every trajectory."""
-        self.latents = self._step(self.latents, self._predict(self.latents, t), t, arrival, copies=1)
+        self.latents = self._step(self.latents, self._predict(self.latents, step.timestep), step, copies=1)
         self.output = None
 
-    def compare(self, group: Sequence[tuple[int, int]], next_timestep: int | None) -> None:
-        """Branch, walk through the group's (t, arrival), judge, keep valid pairs, go on from one candidate.
+    def compare(self, group: Sequence[Step], threshold: float, finished: bool) -> None:
+        """Branch, walk through the group's steps, judge, keep valid pairs, go on from one candidate.
 
         Args:
             group: the steps whose transitions become pairs.
-            next_timestep: where the candidates then stand; None where they are finished.
+            threshold: what a gap must exceed.
+            finished: whether the candidates are then clean.
         """
         transitions = list(self._branch(group))
         self.output = None
         ends = transitions[-1][1]
-        candidates = self._candidates(ends, next_timestep)
-        scores = self._judge(candidates, at=group[-1][0])
+        candidates = self._candidates(ends, None if finished else group[-1].next_timestep)
+        scores = self._judge(candidates, at=group[-1].timestep)
         choice, gaps = best_and_worst(scores)
-        valid = gaps > self.sampler.threshold
-        same_choice, same_valid = self._check(candidates, choice, valid, at=group[-1][0])
-        for (before, after), (t, arrival) in zip(transitions, group):
-            self._keep(before, after, t, arrival, choice, gaps, valid)
-        judged_at = candidates.timesteps[:1]
+        valid = gaps > threshold
+        for (before, after), step in zip(transitions, group):
+            self._keep(before, after, step, choice, gaps, valid)
+        same_choice, same_valid = self._check(candidates, choice, valid, threshold, at=group[-1].timestep)
+        rows = torch.arange(len(self.prompts))
         self.comparisons.append(
-            (group[0][0], judged_at.cpu(), scores.cpu(), gaps.cpu(), valid.cpu(), same_choice.cpu(), same_valid.cpu())
+            Comparisons(
+                timesteps=torch.full((len(rows),), group[0].timestep),
+                judged_at=candidates.timesteps[: len(rows)].cpu(),
+                scores=scores.T.cpu(),
+                gaps=gaps.cpu(),
+                valid=valid.cpu(),
+                checked=rows < self.checked,
+                same_choice=same_choice.cpu(),
+                same_valid=same_valid.cpu(),
+            )
         )
-        if next_timestep is not None:
-            b = len(self.prompts)
-            chosen = self._continue(scores) * b + torch.arange(b, device=self.device)
+        if not finished:
+            chosen = self._continue(scores) * len(rows) + rows.to(self.device)
             self.latents = ends[chosen]
             self.output = None if self.output is None else self.output[chosen]
 
-    def _judge(self, candidates: StepCandidates, at: int) -> Float[Tensor, "k n"]:
+    def _judge(self, candidates: StepCandidates, at: int | float) -> Float[Tensor, "k n"]:
         scores = self.scorer.score(candidates).float().reshape(self.sampler.candidates, -1)
         if not scores.isfinite().all():
             raise ConfigError(
@@ -320,32 +284,38 @@ class _Walk:
         return scores
 
     def _check(
-        self, candidates: StepCandidates, choice: Int[Tensor, "2 b"], valid: Bool[Tensor, " b"], at: int
-    ) -> tuple[Bool[Tensor, " n"], Bool[Tensor, " n"]]:
-        """Of the prompts to check: whether the policy's own decoder leads to the same choice and validity."""
-        if self.checked == 0:
-            return valid[:0], valid[:0]
-        full = candidates.behind(partial(self._decode, decoder=self.policy.decode), self.checked)
-        others, gaps = best_and_worst(self._judge(full, at))
-        same_choice = (choice[:, : self.checked] == others).all(dim=0)
-        return same_choice, valid[: self.checked] == (gaps > self.sampler.threshold)
+        self,
+        candidates: StepCandidates,
+        choice: Int[Tensor, "2 b"],
+        valid: Bool[Tensor, " b"],
+        threshold: float,
+        at: int | float,
+    ) -> tuple[Bool[Tensor, " b"], Bool[Tensor, " b"]]:
+        """Whether the policy's own decoder leads to the same choice and validity; False for prompts not checked."""
+        same_choice, same_valid = torch.zeros_like(valid), torch.zeros_like(valid)
+        if self.checked:
+            full = candidates.with_decoder(partial(self._decode, decoder=self.policy.decode), self.checked)
+            others, gaps = best_and_worst(self._judge(full, at))
+            same_choice[: self.checked] = (choice[:, : self.checked] == others).all(dim=0)
+            same_valid[: self.checked] = valid[: self.checked] == (gaps > threshold)
+        return same_choice, same_valid
 
-    def _branch(self, group: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _branch(self, group: Sequence[Step]) -> Iterator[tuple[Tensor, Tensor]]:
         """x_t and x_{t-1} ``[k b c h w]`` of each transition of the k candidates."""
         k = self.sampler.candidates
         before, output = self.latents, self.output
-        for number, (t, arrival) in enumerate(group):
-            output = self._predict(before, t) if output is None else output
+        for number, step in enumerate(group):
+            output = self._predict(before, step.timestep) if output is None else output
             if number == 0:
                 before, output = before.repeat(k, 1, 1, 1), output.repeat(k, 1, 1, 1)
-            after = self._step(before, output, t, arrival, copies=k)
+            after = self._step(before, output, step, copies=k)
             yield before, after
             before, output = after, None
 
-    def _candidates(self, ends: Tensor, next_timestep: int | None) -> StepCandidates:
+    def _candidates(self, ends: Tensor, next_timestep: int | float | None) -> StepCandidates:
         """The branches' ends for the scorer. If it asks for their x0-predictions, the policy's output there is kept."""
         k = self.sampler.candidates
-        timesteps = torch.full((len(ends),), next_timestep or 0, device=self.device)
+        timesteps = torch.full((len(ends),), 0 if next_timestep is None else next_timestep, device=self.device)
 
         def predict_clean() -> Tensor:
             if next_timestep is None:
@@ -353,17 +323,15 @@ class _Walk:
             self.output = self._predict(ends, next_timestep)
             return self.policy.schedule.predict_clean(self.output, ends, timesteps)[0]
 
-        chance = self.draws.chance(k).to(self.device)
+        control_noise = self.draws.control_noise(k).to(self.device)
         decode = partial(self._decode, decoder=self.decoder)
-        return StepCandidates(ends, timesteps, self.prompts * k, chance, predict_clean, decode)
+        return StepCandidates(ends, timesteps, self.prompts * k, control_noise, predict_clean, decode)
 
-    def _keep(
-        self, before: Tensor, after: Tensor, t: int, arrival: int, choice: Tensor, gaps: Tensor, valid: Tensor
-    ) -> None:
+    def _keep(self, before: Tensor, after: Tensor, step: Step, choice: Tensor, gaps: Tensor, valid: Tensor) -> None:
         """The valid prompts' best and worst transition as pairs."""
         rows = valid.nonzero().flatten()
         best, worst = (choice[:, rows] * len(self.prompts) + rows).unbind()
-        here = torch.full((len(rows),), t)
+        starts = torch.full((len(rows),), step.timestep)
         apart = before[worst].cpu() if self.sampler.num_inner_step else None
         self.rows.append(rows.cpu())
         self.pairs.append(
@@ -371,11 +339,11 @@ class _Walk:
                 latents=before[best].cpu(),
                 chosen=after[best].cpu(),
                 rejected=after[worst].cpu(),
-                timesteps=here,
-                prev_timesteps=torch.full_like(here, arrival),
+                timesteps=starts,
+                next_timesteps=torch.full_like(starts, step.next_timestep),
                 prompts=tuple(self.prompts[row] for row in rows.tolist()),
                 score_gap=gaps[rows].cpu(),
-                indices=torch.zeros_like(here),
+                indices=torch.zeros(len(rows), dtype=torch.int64),
                 rejected_latents=apart,
             )
         )
@@ -386,7 +354,7 @@ class _Walk:
         best, worst = best_and_worst(scores)[0]
         return best if self.sampler.continuation == "best" else worst
 
-    def _predict(self, latents: Tensor, t: int) -> Tensor:
+    def _predict(self, latents: Tensor, t: int | float) -> Tensor:
         guidance_scale = self.sampler.guidance_scale
         copies = len(latents) // len(self.prompts)
         timesteps = torch.full((len(latents),), t, device=self.device)
@@ -394,10 +362,11 @@ class _Walk:
         cond = Conditioning.cat([self.cond] * copies)
         return self.policy.predict_noise(DenoiserQuery(latents, timesteps, cond, guidance_scale))
 
-    def _step(self, latents: Tensor, output: Tensor, t: int, arrival: int, copies: int) -> Tensor:
+    def _step(self, latents: Tensor, output: Tensor, step: Step, copies: int) -> Tensor:
         noise = self._noise(copies, latents.shape[1:])
-        here, there = (torch.full((len(latents),), step, device=self.device) for step in (t, arrival))
-        return self.policy.schedule.step(output, latents, here, there, self.sampler.eta, noise)
+        starts = torch.full((len(latents),), step.timestep, device=self.device)
+        ends = torch.full_like(starts, step.next_timestep)
+        return self.policy.schedule.step(output, latents, starts, ends, self.sampler.eta, noise)
 
     def _noise(self, copies: int, shape: Sequence[int]) -> Tensor:
         return self.draws.randn(copies, shape).flatten(0, 1).to(self.device)
@@ -407,34 +376,7 @@ class _Walk:
         return torch.cat([decoder(part) for part in latents.split(self.sampler.decode_batch)])
 
     def rollout(self) -> Rollout:
-        timesteps, judged_at, scores, gaps, valid, same_choice, same_valid = zip(*self.comparisons)
-        comparisons = Comparisons(
-            torch.tensor(timesteps),
-            torch.cat(judged_at),
-            torch.stack(scores),
-            torch.stack(gaps),
-            torch.stack(valid),
-            torch.stack(same_choice),
-            torch.stack(same_valid),
-            self.unet_evaluations,
-            self.decodes,
-        )
-        pairs = _cat(self.pairs)
-        return Rollout(pairs, torch.cat(self.rows), comparisons)
-
-
-def _cat(parts: Sequence[StepPairs]) -> StepPairs:
-    """All parts' pairs, numbered from 0."""
-    apart = [part.rejected_latents for part in parts if part.rejected_latents is not None]
-    total = sum(len(part) for part in parts)
-    return StepPairs(
-        latents=torch.cat([part.latents for part in parts]),
-        chosen=torch.cat([part.chosen for part in parts]),
-        rejected=torch.cat([part.rejected for part in parts]),
-        timesteps=torch.cat([part.timesteps for part in parts]),
-        prev_timesteps=torch.cat([part.prev_timesteps for part in parts]),
-        prompts=tuple(prompt for part in parts for prompt in part.prompts),
-        score_gap=torch.cat([part.score_gap for part in parts]),
-        indices=torch.arange(total),
-        rejected_latents=torch.cat(apart) if apart else None,
-    )
+        pairs = StepPairs.cat(self.pairs)
+        pairs = replace(pairs, indices=torch.arange(len(pairs)))
+        comparisons = Comparisons.cat(self.comparisons)
+        return Rollout(pairs, torch.cat(self.rows), comparisons, self.unet_evaluations, self.decodes)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from lightning_modules.rewards.base import RewardModel, StepRewardModel
@@ -22,23 +22,24 @@ class StepCandidates:
 
     Attributes:
         latents: the x_{t-1} in question.
-        timesteps: t - 1 in the sampler's sense: the timestep they stand at; 0 where they are finished.
+        timesteps: the timestep at which they are, which is where the compared step ends; 0 where they are finished.
         prompts: length n.
         clean: their x0-predictions under the policy; finished latents are their own.
         images: ``clean`` decoded, in [0, 1].
-        chance: standard normal numbers from a stream that is not the candidates' own.
+        control_noise: standard normal numbers from a stream that is not the candidates' own.
     """
 
     def __init__(
         self,
         latents: Float[Tensor, "n c h w"],
-        timesteps: Int[Tensor, " n"],
+        timesteps: Real[Tensor, " n"],
         prompts: tuple[str, ...],
-        chance: Float[Tensor, "k b"],
+        control_noise: Float[Tensor, "k b"],
         predict_clean: Callable[[], Float[Tensor, "n c h w"]],
         decode: Decode,
     ) -> None:
-        self.latents, self.timesteps, self.prompts, self.chance = latents, timesteps, prompts, chance
+        self.latents, self.timesteps, self.prompts = latents, timesteps, prompts
+        self.control_noise = control_noise
         self._predict_clean, self._decode = predict_clean, decode
 
     @cached_property
@@ -49,14 +50,16 @@ class StepCandidates:
     def images(self) -> Float[Tensor, "n 3 H W"]:
         return self._decode(self.clean)
 
-    def behind(self, decode: Decode, prompts: int) -> StepCandidates:
+    def with_decoder(self, decode: Decode, prompts: int) -> StepCandidates:
         """The candidates of the first ``prompts`` prompts, their pictures made by another decoder."""
-        k, b = self.chance.shape
+        k, b = self.control_noise.shape
         rows = torch.arange(k * b).reshape(k, b)[:, :prompts].flatten()
         here = rows.to(self.latents.device)
         texts = tuple(self.prompts[row] for row in rows.tolist())
-        chance = self.chance[:, :prompts]
-        return StepCandidates(self.latents[here], self.timesteps[here], texts, chance, lambda: self.clean[here], decode)
+        control_noise = self.control_noise[:, :prompts]
+        return StepCandidates(
+            self.latents[here], self.timesteps[here], texts, control_noise, lambda: self.clean[here], decode
+        )
 
 
 class StepScorer(nn.Module, ABC):
@@ -112,7 +115,7 @@ class RandomScorer(StepScorer):
         self.scale = scale
 
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
-        return self.scale * candidates.chance.flatten()
+        return self.scale * candidates.control_noise.flatten()
 
 
 class ShuffledScorer(StepScorer):
@@ -129,5 +132,5 @@ class ShuffledScorer(StepScorer):
         self.scorer = scorer
 
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
-        scores = self.scorer.score(candidates).reshape(candidates.chance.shape)
-        return scores.gather(0, candidates.chance.argsort(dim=0)).flatten()
+        scores = self.scorer.score(candidates).reshape(candidates.control_noise.shape)
+        return scores.gather(0, candidates.control_noise.argsort(dim=0)).flatten()

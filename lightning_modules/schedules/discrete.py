@@ -1,14 +1,13 @@
-"""The diffusion schedule: noising, the network's target, and the DDIM step with its probability.
+"""The discrete diffusion schedule: noising, the network's target, and the DDIM step with its probability.
 
 Notation of this file, after DDIM (arXiv 2010.02502): ``a_t`` is the cumulative product that DDIM calls alpha_t and
-DDPM alpha-bar_t; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise. Everything is fp32; nothing here has state, and each
-step names both its timesteps.
+DDPM alpha-bar_t; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, cast, get_args
@@ -18,21 +17,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_modules.errors import ConfigError
+from lightning_modules.randomness import randint
+from lightning_modules.schedules.base import Schedule, Step, per_sample
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
+class NoiseSchedule(Schedule):
     """A discrete noise schedule of T steps.
 
     Attributes:
         alphas_cumprod: a_t for t = 0 .. T - 1, fp32.
         final_alpha_cumprod: a of the step before t = 0: a_0 (Stable Diffusion, ``set_alpha_to_one=False``) or 1.
         prediction_type: what the network's raw output means.
-        spacing, steps_offset: how ``inference_timesteps`` picks its timesteps, as in diffusers.
+        spacing, steps_offset: how ``trajectory`` picks its timesteps, as in diffusers.
     """
+
+    clean = -1
 
     alphas_cumprod: Float[Tensor, " T"]
     final_alpha_cumprod: float
@@ -69,12 +72,8 @@ class NoiseSchedule:
             config.get("steps_offset", 0),
         )
 
-    def inference_timesteps(self, steps: int) -> tuple[Int[Tensor, " steps"], Int[Tensor, " steps"]]:
-        """Timesteps of a ``steps``-step sampler, falling, and the timesteps each step arrives at.
-
-        The last arrival is negative where the last step ends at clean latents (``final_alpha_cumprod``).
-        Equal to diffusers' ``DDIMScheduler.set_timesteps`` for each spacing.
-        """
+    def trajectory(self, steps: int) -> tuple[Step, ...]:
+        """Equal to diffusers' ``DDIMScheduler.set_timesteps`` for each spacing; a step is T / steps long."""
         total = self.num_timesteps
         if not 0 < steps <= total:
             raise ConfigError(f"sampling steps: want 1 to {total}, got {steps}; lower the sampler's `steps`")
@@ -84,19 +83,22 @@ class NoiseSchedule:
             timesteps = (total - torch.arange(steps, dtype=torch.float64) * (total / steps)).round().long() - 1
         else:
             timesteps = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long().flip(0)
-        return timesteps, timesteps - total // steps
+        starts = timesteps.tolist()
+        return tuple(Step(i, t, max(self.clean, t - total // steps)) for i, t in enumerate(starts))
+
+    def draw(self, generators: Sequence[torch.Generator], device: torch.device | str = "cpu") -> Int[Tensor, " n"]:
+        """Uniform over 0 .. T - 1."""
+        return randint(self.num_timesteps, generators, device)
 
     def alpha_cumprod(self, timesteps: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """a_t a sample; ``final_alpha_cumprod`` where t < 0."""
+        """a_t per sample; ``final_alpha_cumprod`` at clean latents."""
         known = self.alphas_cumprod.to(timesteps.device)[timesteps.clamp(min=0)]
         return torch.where(timesteps < 0, torch.full_like(known, self.final_alpha_cumprod), known)
 
-    def add_noise(
-        self, clean: Float[Tensor, "n c h w"], noise: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"]
-    ) -> Float[Tensor, "n c h w"]:
-        """x_t = sqrt(a_t) clean + sqrt(1 - a_t) noise."""
-        a = _spread(self.alpha_cumprod(timesteps))
-        return a.sqrt() * clean + (1 - a).sqrt() * noise
+    def signal_and_noise(self, timesteps: Int[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """sqrt(a_t) and sqrt(1 - a_t)."""
+        a = self.alpha_cumprod(timesteps)
+        return a.sqrt(), (1 - a).sqrt()
 
     def target(
         self, clean: Float[Tensor, "n c h w"], noise: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"]
@@ -110,86 +112,60 @@ class NoiseSchedule:
             return noise
         if self.prediction_type == "sample":
             return clean
-        a = _spread(self.alpha_cumprod(timesteps))
+        a = per_sample(self.alpha_cumprod(timesteps))
         return a.sqrt() * noise - (1 - a).sqrt() * clean
 
     def predict_clean(
         self, output: Float[Tensor, "n c h w"], latents: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
         """The x0-prediction and the noise that a raw network output at (``latents``, ``timesteps``) stands for."""
-        a = _spread(self.alpha_cumprod(timesteps))
+        a = per_sample(self.alpha_cumprod(timesteps))
         if self.prediction_type == "epsilon":
             return (latents - (1 - a).sqrt() * output) / a.sqrt(), output
         if self.prediction_type == "sample":
             return output, (latents - a.sqrt() * output) / (1 - a).sqrt()
         return a.sqrt() * latents - (1 - a).sqrt() * output, a.sqrt() * output + (1 - a).sqrt() * latents
 
+    def step_std(
+        self, timesteps: Int[Tensor, " n"], next_timesteps: Int[Tensor, " n"], eta: float
+    ) -> Float[Tensor, " n"]:
+        """s = eta sqrt((1 - a_next) / (1 - a_t) (1 - a_t / a_next)): arXiv 2010.02502, equation 16."""
+        a_t, a_next = self.alpha_cumprod(timesteps), self.alpha_cumprod(next_timesteps)
+        return eta * ((1 - a_next) / (1 - a_t) * (1 - a_t / a_next)).sqrt()
+
     def step_distribution(
         self,
         output: Float[Tensor, "n c h w"],
         latents: Float[Tensor, "n c h w"],
         timesteps: Int[Tensor, " n"],
-        prev_timesteps: Int[Tensor, " n"],
+        next_timesteps: Int[Tensor, " n"],
         eta: float,
     ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, " n"]]:
-        """Mean and standard deviation of the DDIM step p(x_prev | x_t): arXiv 2010.02502, equations 12 and 16.
+        """Mean and standard deviation of the DDIM step p(x_next | x_t): arXiv 2010.02502, equations 12 and 16.
 
-        mean = sqrt(a_prev) x0 + sqrt(1 - a_prev - s^2) eps,  s = eta sqrt((1 - a_prev) / (1 - a_t) (1 - a_t / a_prev)).
+        mean = sqrt(a_next) x0 + sqrt(1 - a_next - s^2) eps, with s of ``step_std``.
         """
-        a_t, a_prev = self.alpha_cumprod(timesteps), self.alpha_cumprod(prev_timesteps)
-        std = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
+        a_next, std = self.alpha_cumprod(next_timesteps), self.step_std(timesteps, next_timesteps, eta)
         clean, noise = self.predict_clean(output, latents, timesteps)
-        direction = (1 - a_prev - std**2).clamp(min=0).sqrt()
-        return _spread(a_prev.sqrt()) * clean + _spread(direction) * noise, std
+        direction = (1 - a_next - std**2).clamp(min=0).sqrt()
+        return per_sample(a_next.sqrt()) * clean + per_sample(direction) * noise, std
 
-    def require_random_steps(self, prev_timesteps: Int[Tensor, " n"]) -> None:
-        """Refuse the one step that is certain even with eta > 0: the last, where ``final_alpha_cumprod`` is 1.
-
-        Its standard deviation is 0, so that it has neither candidates to choose from nor a density. The official SPO
-        code never meets it, because it clamps the arrival to t = 0.
-
-        Raises:
-            ConfigError: such a step is among those that arrive at ``prev_timesteps``.
+    def require_random_steps(self, timesteps: Int[Tensor, " n"], next_timesteps: Int[Tensor, " n"]) -> None:
         """
-        if self.final_alpha_cumprod >= 1 and bool((prev_timesteps < 0).any()):
-            raise ConfigError(
-                "SPO: the last DDIM step has sigma 0, since the scheduler's set_alpha_to_one is true; "
-                'write "set_alpha_to_one": false into the pipeline\'s scheduler_config.json'
+        Where ``set_alpha_to_one`` is true, or the last step starts at t = 0 and ends at a_0, its sigma is 0. The
+        official code never meets it, because it clamps the arrival to t = 0.
+        """
+        certain = self.step_std(timesteps, next_timesteps, eta=1.0) == 0
+        if bool(certain.any()):
+            reason = (
+                'the scheduler\'s set_alpha_to_one is true; write "set_alpha_to_one": false into'
+                if self.final_alpha_cumprod >= 1
+                else 'it starts at t = 0 and ends there; write "steps_offset": 1 and leading spacing into'
             )
-
-    def step(
-        self,
-        output: Float[Tensor, "n c h w"],
-        latents: Float[Tensor, "n c h w"],
-        timesteps: Int[Tensor, " n"],
-        prev_timesteps: Int[Tensor, " n"],
-        eta: float,
-        noise: Float[Tensor, "n c h w"] | None = None,
-    ) -> Float[Tensor, "n c h w"]:
-        """One DDIM step to x_prev; ``noise`` is read only where eta > 0."""
-        mean, std = self.step_distribution(output, latents, timesteps, prev_timesteps, eta)
-        if eta == 0.0:
-            return mean
-        if noise is None:
-            raise ValueError(f"a DDIM step with eta {eta} draws noise, and none was given")
-        return mean + _spread(std) * noise
-
-
-def gaussian_log_prob(
-    value: Float[Tensor, "n c h w"], mean: Float[Tensor, "n c h w"], std: Float[Tensor, " n"]
-) -> Float[Tensor, " n"]:
-    """log N(value; mean, std^2), **averaged** over c, h, w (not summed), as SPO's official code does.
-
-    Source: arXiv 2406.04314, official ddim_with_logprob.py:119-127. With std = 0 there is no density: the result
-    is not finite, and callers refuse that case.
-    """
-    scale = _spread(std)
-    log_density = -((value - mean) ** 2) / (2 * scale**2) - scale.log() - 0.5 * math.log(2 * math.pi)
-    return log_density.mean(dim=(1, 2, 3))
-
-
-def _spread(per_sample: Float[Tensor, " n"]) -> Float[Tensor, "n 1 1 1"]:
-    return per_sample.reshape(-1, 1, 1, 1)
+            raise ConfigError(
+                f"SPO: the DDIM step from t = {int(timesteps[certain][0])} has sigma 0, since {reason} the pipeline's "
+                "scheduler_config.json"
+            )
 
 
 def _require(key: str, value: object, known: tuple[str, ...]) -> None:
