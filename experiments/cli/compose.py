@@ -16,6 +16,7 @@ import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from experiments.cli.former_paths import with_present_objectives, with_present_paths
 from lightning_modules.errors import ConfigError
 
 JOBS = ("fit", "validate", "test", "predict")
@@ -63,7 +65,7 @@ class CommandLine:
                 configs.append(word.removeprefix("--config="))
             else:
                 overrides.append(word)
-        return CommandLine(job, tuple(configs), tuple(overrides))
+        return CommandLine(job, tuple(configs), tuple(with_present_paths(word, known_classes()) for word in overrides))
 
     @property
     def run_name(self) -> str:
@@ -114,12 +116,13 @@ def load(path: Path) -> dict[str, Any]:
         ConfigError: no YAML, or no mapping at its top.
     """
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        text = with_present_paths(path.read_text(encoding="utf-8"), known_classes())
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"config {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: wants settings such as 'model: ...' at its top, got a {type(tree).__name__}")
-    return {str(key): value for key, value in tree.items()}
+    return {str(key): with_present_objectives(value) for key, value in tree.items()}
 
 
 def merge(below: Any, above: Any) -> Any:
@@ -188,6 +191,7 @@ def class_named_by(value: str) -> str | None:
     return None
 
 
+@cache
 def known_classes() -> dict[str, str]:
     """Name of every class of the framework -> its module, read from the sources without importing them."""
     found = {}
