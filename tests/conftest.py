@@ -31,6 +31,8 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import experiments  # noqa: E402, F401  # hands in where packaged files are
+
 tqdm.monitor_interval = 0
 
 TESTS = Path(__file__).parent
