@@ -9,7 +9,8 @@ or tie) and prompt; the choices.jsonl of ``experiments.label``, of which each pe
 skipped pairs do not; or a folder with chosen/NAME.png, rejected/NAME.png and the prompt in NAME.txt beside either.
 Paths count from the table's folder. Parquet files in Pick-a-Pic's form: ``experiments.prepare_pickapic``.
 
-The pictures' bytes pass through untouched, and go through the same checks and counts as Pick-a-Pic's.
+The pictures' bytes pass through untouched, and go through the same checks and counts as Pick-a-Pic's: what several
+people chose alike is one pair, and counted as a duplicate.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> Manifest:
         UserError: something that the user can mend; the command line shows it as one line.
     """
     args = _parser().parse_args(argv)
-    pairs = read_file_pairs(args.input.expanduser().resolve(), _columns(args.columns))
+    place = args.input.expanduser().resolve()
+    pairs = read_file_pairs(place, _columns(args.columns))
     Console().print(f"{len(pairs)} pairs in {args.input}", markup=False, highlight=False, soft_wrap=True)
     words = ["--output", str(args.output.expanduser()), "--shard-size", str(args.shard_size)]
     words += ["--workers", str(args.workers), *(["--keep-ties"] if args.keep_ties else [])]
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> Manifest:
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     with tempfile.TemporaryDirectory(prefix="pairs-") as folder:
-        file = Path(folder) / "pairs.parquet"
+        file = Path(folder) / place.name  # by which damaged rows are named
         digest = hashlib.blake2b(digest_size=16)
         with pq.ParquetWriter(file, SCHEMA, compression="none") as writer:
             for first in range(0, len(pairs), BLOCK):

@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from torch.utils.data import Dataset
 
-from datamodules.stream.loading import IGNORED, PairLoader, identity, ignore_signals
+from datamodules.stream.loading import IGNORED, FaultTolerantDataset, PairLoader, identity, ignore_signals
+from lightning_modules.batches import Conditioning
+from lightning_modules.errors import DataError
 
 FAILING_RUN = """
 import torch
@@ -57,3 +60,26 @@ def test_a_signal_that_hits_a_worker_as_it_starts_is_ignored_too():
     )
     assert list(batches) == [[0, 1], [2, 3]]
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(IGNORED)
+
+
+class Embeddings(list, Dataset):
+    """Reading number n fails with what stands there, if it is an error."""
+
+    def __getitem__(self, n):
+        item = super().__getitem__(n)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+def test_samples_of_different_forms_are_one_line_and_other_errors_come_out_as_they_are():
+    one, other = Conditioning(torch.zeros(1, 2, 3)), Conditioning(torch.zeros(1, 4, 3))
+
+    def first_batch(*samples):
+        return next(iter(PairLoader(FaultTolerantDataset(Embeddings(samples)), batch_size=2, collate_fn=identity)))
+
+    assert len(first_batch(one, one)) == 2
+    with pytest.raises(DataError, match=r"different forms meet in a batch: embeds has different shapes, \(2, 3\) and"):
+        first_batch(one, other)
+    with pytest.raises(ValueError, match="a bug of ours"):
+        first_batch(one, ValueError("a bug of ours"))

@@ -129,6 +129,21 @@ def test_other_pictures_of_the_same_sizes_are_another_job(pictures):
         prepared(pictures, "out", table)
 
 
+def test_people_who_agree_give_one_pair_and_those_who_do_not_give_two(pictures):
+    ann, bob = ({**choices()[0], "annotator": name} for name in ("ann", "bob"))
+    manifest, _ = prepared(pictures, "alike", as_jsonl(pictures, [ann, bob]))
+    assert (manifest.counts["pairs"], manifest.counts["duplicates_dropped"]) == (1, 1)
+    manifest, _ = prepared(pictures, "apart", as_jsonl(pictures, [ann, {**bob, "choice": 1}]))
+    assert manifest.counts["pairs"] == 2
+
+
+def test_a_picture_that_is_none_is_counted_and_named_by_its_row(pictures):
+    (pictures / "good1.png").write_bytes(b"none")
+    manifest, _ = prepared(pictures, "out", as_jsonl(pictures, rows()))
+    assert (manifest.counts["pairs"], manifest.counts["corrupt_dropped"]) == (2, 1)
+    assert manifest.corrupt[0].startswith("pairs.jsonl, row 1: jpg_0: ")
+
+
 @pytest.mark.parametrize(
     ("table", "words", "message"),
     [

@@ -214,6 +214,17 @@ def test_switching_the_objective_does_not_keep_the_others_beta(folder, words, ex
     assert cli.model.objective == expected
 
 
+def test_only_a_data_module_that_knows_the_position_keeps_lightnings_samplers_away(folder, world):
+    """Another's loaders would give every process the same samples."""
+
+    def replaces(*words):
+        cli = run.main([*words, "--trainer.max_steps=0", "--run_dir=samplers"])
+        return cli.trainer._accelerator_connector.use_distributed_sampler
+
+    assert replaces("--config", "toy.yaml") is True
+    assert replaces("--config", str(world)) is False
+
+
 # Bad input
 
 

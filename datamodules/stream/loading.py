@@ -16,6 +16,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.shards.bad_samples import BadSample, BadSampleError, BadSamples
+from lightning_modules.batches import Record
 from lightning_modules.errors import DataError
 
 
@@ -123,15 +124,9 @@ class FaultTolerantDataset(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> LoadResult:
         skipped: list[BadSample] = []
         try:
-            items = [self._whole(n, skipped) for n in indices]
-            batch = type(items[0]).cat(items)
+            batch = _joined([self._whole(n, skipped) for n in indices])
         except DataError as error:
             batch = DataError(str(error))
-        except ValueError as error:
-            batch = DataError(
-                f"samples of different forms meet in a batch: {error}; they come from different preparations or pools: "
-                "prepare them alike, or delete the pool"
-            )
         return LoadResult(batch, tuple(skipped))
 
     def _whole(self, n: int, skipped: list[BadSample]) -> Any:
@@ -144,6 +139,21 @@ class FaultTolerantDataset(Dataset[Any]):
             except BadSampleError as error:
                 skipped.append(error.sample)
         raise DataError(f"{self.bad.source} holds no whole sample in a row of {len(skipped)}; prepare the shards again")
+
+
+def _joined(samples: Sequence[Record]) -> Record:
+    """One batch of batches of one.
+
+    Raises:
+        DataError: they do not fit together.
+    """
+    try:
+        return type(samples[0]).cat(samples)
+    except ValueError as error:
+        raise DataError(
+            f"samples of different forms meet in a batch: {error}; they come from different preparations or pools: "
+            "prepare them alike, or delete the pool"
+        ) from error
 
 
 def identity(batch: Any) -> Any:

@@ -23,6 +23,7 @@ from callbacks.resume.due_evaluations import PolicyEvaluation
 from callbacks.resume.exact_resume import ExactResume
 from callbacks.resume.preemption import Preemption
 from callbacks.save_pictures import SavePictures
+from datamodules.stream.cursor import CursorDataModule
 from experiments.cli.compose import JOBS, CommandLine, packaged_configs, settings
 from experiments.cli.explain import explain
 from lightning_modules.errors import ConfigError, UserError
@@ -154,8 +155,9 @@ class ExperimentCLI(LightningCLI):
             slow = [callback for callback in callbacks if isinstance(callback, PolicyEvaluation)]
             callbacks = [*(callback for callback in callbacks if callback not in slow), Preemption(), *slow]
         config["callbacks"] = callbacks
-        # Data modules say which rank reads what, from the run's position, which Lightning's samplers don't know.
-        config["use_distributed_sampler"] = False
+        if isinstance(self.datamodule, CursorDataModule):
+            # It says which rank reads what, from the run's position, which Lightning's samplers don't know.
+            config["use_distributed_sampler"] = False
         try:
             return self._instantiate_trainer(config, [self._get(self.config_init, "pictures")])
         except MisconfigurationException as error:

@@ -11,7 +11,14 @@ from torch.nn.functional import logsigmoid
 from lightning_modules.batches import LatentPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.objectives.base import LossOutput
-from lightning_modules.objectives.pairwise import Gains, NoisedPairs, PairwiseObjective, loss_output, smoothed
+from lightning_modules.objectives.pairwise import (
+    Gains,
+    NoisedPairs,
+    PairwiseObjective,
+    check_label_smoothing,
+    loss_output,
+    smoothed,
+)
 from lightning_modules.schedules.base import Schedule
 
 
@@ -37,8 +44,7 @@ class DPO(PairwiseObjective):
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise ConfigError(f"objective.beta must be above 0, got {self.beta}; Diffusion-DPO uses 2000 to 5000")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"objective.label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
+        check_label_smoothing(self.label_smoothing)
 
     def loss(
         self,

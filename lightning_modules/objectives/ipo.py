@@ -10,7 +10,14 @@ from torch import Tensor
 from lightning_modules.batches import LatentPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.objectives.base import LossOutput
-from lightning_modules.objectives.pairwise import Gains, NoisedPairs, PairwiseObjective, loss_output, smoothed
+from lightning_modules.objectives.pairwise import (
+    Gains,
+    NoisedPairs,
+    PairwiseObjective,
+    check_label_smoothing,
+    loss_output,
+    smoothed,
+)
 from lightning_modules.schedules.base import Schedule
 
 
@@ -32,8 +39,7 @@ class IPO(PairwiseObjective):
     def __post_init__(self) -> None:
         if self.tau <= 0:
             raise ConfigError(f"objective.tau must be above 0, got {self.tau}; the margin aimed at is 1 / (2 tau)")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"objective.label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
+        check_label_smoothing(self.label_smoothing)
 
     def loss(
         self,

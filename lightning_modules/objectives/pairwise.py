@@ -15,6 +15,7 @@ from jaxtyping import Float, Real
 from torch import Tensor
 
 from lightning_modules.batches import Conditioning, DenoiserQuery, LatentPairs
+from lightning_modules.errors import ConfigError
 from lightning_modules.objectives.base import LossOutput, Objective
 from lightning_modules.randomness import randn
 from lightning_modules.schedules.base import Schedule
@@ -95,6 +96,15 @@ class Gains:
             "rejected_error_delta": self.rejected.mean(),
         }
         return means | by_quarter(per_pair, query.timesteps.chunk(2)[0], schedule)
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """
+    Raises:
+        ConfigError: it is no probability below one half.
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ConfigError(f"objective.label_smoothing must lie in [0, 0.5), got {label_smoothing}")
 
 
 def smoothed(
