@@ -8,7 +8,7 @@ import multiprocessing
 import signal
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,6 +123,7 @@ class FaultTolerantDataset(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> LoadResult:
         skipped: list[BadSample] = []
+        batch: Record | DataError
         try:
             batch = _joined([self._whole(n, skipped) for n in indices])
         except DataError as error:
