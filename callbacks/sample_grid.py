@@ -32,6 +32,7 @@ from callbacks.resume.preemption import interruptible
 from datamodules.prompts import prompt_texts
 from lightning_modules.files import atomic_file
 from lightning_modules.sampling.pictures import Sampler
+from lightning_modules.terminal import literal
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class SampleGrid(PolicyEvaluation):
         path = self.draw(trainer, pl_module)
         if trainer.is_global_zero:
             rows = "policy above, reference below" if self._reference else "policy"
-            Console().print(f"pictures ({rows}): {path}", soft_wrap=True)
+            Console().print(literal(f"pictures ({rows}): {path}"), soft_wrap=True)
 
     def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path:
         """Make, write and log one grid; all ranks must call it. Returns its path."""

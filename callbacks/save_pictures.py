@@ -25,6 +25,7 @@ from datamodules.prompts import prompt_texts
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_file
 from lightning_modules.sampling.pictures import Sampler
+from lightning_modules.terminal import literal
 
 
 class SavePictures(Callback):
@@ -84,7 +85,7 @@ class SavePictures(Callback):
         if trainer.is_global_zero:
             with atomic_file(folder / "pictures.json") as file:
                 file.write(json.dumps(entries, indent=1, ensure_ascii=False).encode())
-            Console().print(f"{len(entries)} pictures: {folder}", soft_wrap=True)
+            Console().print(literal(f"{len(entries)} pictures: {folder}"), soft_wrap=True)
 
     def _range(self) -> range:
         return range(self.images_per_prompt)

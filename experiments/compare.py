@@ -22,6 +22,7 @@ from experiments.comparison.page import CAPTION, render, tables
 from experiments.comparison.runs import Comparison, Run
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_file
+from lightning_modules.terminal import literal
 
 FILE_WIDTH = 110  # characters per line where the output is not a terminal
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> Comparison:
     for name, content in render(comparison).items():
         with atomic_file(options.output / name) as file:
             file.write(content)
-    console.print(f"page: {options.output / 'index.html'}", soft_wrap=True)
+    console.print(literal(f"page: {options.output / 'index.html'}"), soft_wrap=True)
     return comparison
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from experiments import compare, prepare_feedback, prepare_pickapic, run
 from experiments.cli.command import run_command
+from lightning_modules.terminal import literal
 
 METHODS = {
     "dpo": ["--config", "dpo_tiny"],
@@ -66,7 +67,8 @@ def _pairs(data: Path, number: int) -> list[str]:
 def _show(command: Callable[[Sequence[str]], Any], name: str, *words: Any) -> None:
     """Run a command of this package in this process, after showing how to type it."""
     argv = [str(word) for word in words]
-    Console().print(f"\n[bold]$ python -m experiments.{name} {shlex.join(argv)}[/bold]", highlight=False)
+    Console().print()
+    Console().print(literal(f"$ python -m experiments.{name} {shlex.join(argv)}"), style="bold")
     command(argv)
 
 

@@ -34,7 +34,8 @@ from datamodules.shards.download import Downloads
 from datamodules.shards.json_files import parse_json, read_json
 from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import MANIFEST, LatentsKey, Manifest
-from datamodules.shards.samples import decode_picture, latent_members, pixel_members, step_members
+from datamodules.shards.pictures import decode_picture
+from datamodules.shards.samples import latent_members, pixel_members, step_members
 from datamodules.shards.writer import write_shard
 from datamodules.stream.loading import FaultTolerantDataset, PairLoader, identity
 from lightning_modules.batches import StepPairs

@@ -19,7 +19,7 @@ from datamodules.pairs.samples import PairTransform
 from datamodules.preference_pairs import PreferencePairsDataModule
 from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import MANIFEST, Manifest
-from datamodules.shards.samples import decode_picture
+from datamodules.shards.pictures import decode_picture
 from datamodules.stream.order import StoredOrder
 from experiments.cli.configured_policy import load_policy
 from experiments.preparation.pickapic_rows import Settings, Unit, plan_units, preference, usable_pairs

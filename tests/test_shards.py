@@ -18,8 +18,9 @@ from datamodules.shards import download
 from datamodules.shards.download import Downloads
 from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import MANIFEST, Manifest
+from datamodules.shards.pictures import decode_picture
 from datamodules.shards.reader import IndexedShard, Located, ShardSet
-from datamodules.shards.samples import Sample, decode_picture, latent_members, pixel_members
+from datamodules.shards.samples import Sample, latent_members, pixel_members
 from datamodules.shards.writer import write_shard
 from datamodules.stream.order import ShuffledOrder, StoredOrder
 from lightning_modules.errors import ConfigError, DataError

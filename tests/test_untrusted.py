@@ -26,8 +26,9 @@ from transformers import CLIPTextModel
 from datamodules.shards.json_files import parse_json
 from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import Manifest
+from datamodules.shards.pictures import decode_picture
 from datamodules.shards.reader import IndexedShard
-from datamodules.shards.samples import decode_picture, pixel_members
+from datamodules.shards.samples import pixel_members
 from datamodules.shards.tar_index import members
 from datamodules.shards.writer import write_shard
 from lightning_modules.errors import ConfigError, DataError, UserError
@@ -253,7 +254,7 @@ def test_a_picture_bomb_is_refused_from_its_header(data: bytes) -> None:
 def test_sizes_in_webp_headers_are_read_as_pillow_reads_them() -> None:
     from PIL import Image
 
-    from datamodules.shards.samples import _webp_size
+    from datamodules.shards.pictures import _webp_size
 
     for options in ({"lossless": True}, {"quality": 60}, {"lossless": True, "exif": b"Exif\0\0x"}):
         out = io.BytesIO()

@@ -13,6 +13,7 @@ from rich.table import Table
 from callbacks.evaluation.scores import Scores, read_json
 from callbacks.evaluation.statistics import Mean, WinCount
 from lightning_modules.files import atomic_file
+from lightning_modules.terminal import literal
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Report:
                 rate = f"{100 * count.rate:.1f}% [{100 * count.low:.1f}, {100 * count.high:.1f}]"
                 cells = [_shown(self.reference[name]), *cells, rate, str(count.n)]
             reward, _, part = name.partition("/")
-            table.add_row(f"  {part}" if part else reward, *cells)
+            table.add_row(literal(f"  {part}" if part else reward), *map(literal, cells))
         return table
 
 

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from datamodules.shards.pictures import MAX_PICTURE_PIXELS
 from datamodules.shards.reader import ShardSet
-from datamodules.shards.samples import MAX_PICTURE_PIXELS, Sample
+from datamodules.shards.samples import Sample
 from datamodules.stream.loading import OrderedSamples
 from datamodules.stream.order import ShuffledOrder, StoredOrder
 from lightning_modules.batches import Conditioning, LatentPairs, PreferencePairs

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from datamodules.shards.json_files import parse_json
 from lightning_modules.errors import DataError
+from lightning_modules.terminal import printable
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class BadSample:
     why: str
 
     def __str__(self) -> str:
-        return f"{self.shard}, sample {self.key}: {self.why}"
+        return printable(f"{self.shard}, sample {self.key}: {self.why}")
 
 
 class BadSampleError(DataError):

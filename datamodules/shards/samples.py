@@ -5,10 +5,7 @@ Encoded pictures pass through untouched; tensors are safetensors, the rest is JS
 
 from __future__ import annotations
 
-import io
 import json
-import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,40 +19,14 @@ from torch import Tensor
 
 from datamodules.shards.bad_samples import BadSample, BadSampleError
 from datamodules.shards.json_files import parse_json
+from datamodules.shards.pictures import decode_picture, picture_suffix
 from lightning_modules.errors import DataError
 
-PICTURE_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-# Decoded, a picture of this size takes 200 MB; generated pictures have 0.25 to 4 megapixels.
-MAX_PICTURE_PIXELS = 64 * 1024 * 1024
-# What Pillow raises on damaged pictures, depending on the format and on where the damage is.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 # What safetensors raises on damaged bytes, and on types that this torch doesn't know.
 TENSOR_ERRORS = (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError)
 
 
 # -------------------------------------------------------------------------------------------- writing
-
-
-def picture_suffix(data: bytes) -> str | None:
-    """``jpg``, ``png`` or ``webp`` from a picture's first bytes, None for anything else."""
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return None
 
 
 def pixel_members(chosen: bytes, rejected: bytes, info: Mapping[str, Any]) -> dict[str, bytes]:
@@ -168,42 +139,3 @@ class Sample:
             if not value.is_floating_point() or not value.float().isfinite().all():
                 raise self.bad(f"{member}: {name[:80]!r} holds numbers that are not finite or no numbers at all")
         return tensors
-
-
-def decode_picture(data: bytes) -> Image.Image:
-    """RGB pixels of a JPEG, PNG or WebP picture; what is transparent becomes white.
-
-    Raises:
-        DataError: damaged, of another format, or larger than ``MAX_PICTURE_PIXELS``.
-    """
-    _check_pixels(*_webp_size(data))
-    try:
-        with Image.open(io.BytesIO(data), formats=tuple(PICTURE_FORMATS.values())) as image:
-            _check_pixels(*image.size)
-            image.load()
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except DECODE_ERRORS as error:
-        raise DataError(f"a damaged picture of {len(data)} bytes ({type(error).__name__}: {error})") from error
-
-
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PICTURE_PIXELS:
-        raise DataError(f"a picture of {width}x{height} px is larger than {MAX_PICTURE_PIXELS} px")
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height from a WebP picture's header; (0, 0) for anything else.
-
-    Pillow makes room for a WebP picture when it is opened, before it tells the size.
-    """
-    if picture_suffix(data) != "webp" or len(data) < 30:
-        return 0, 0
-    if data[12:16] == b"VP8X":
-        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
-    if data[12:16] == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF

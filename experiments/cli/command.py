@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from lightning_modules.errors import UserError
+from lightning_modules.terminal import printable
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -40,5 +41,5 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _fail(line: str) -> NoReturn:
-    sys.stderr.write(f"error: {line}\n")
+    sys.stderr.write("error: " + "\n".join(map(printable, line.split("\n"))) + "\n")
     raise SystemExit(2) from None

@@ -12,6 +12,7 @@ from rich.table import Table
 from callbacks.evaluation.statistics import Mean, WinCount
 from experiments.comparison.figures import amount, curves, results
 from experiments.comparison.runs import COSTS, Comparison, Method, Run, Score, wins
+from lightning_modules.terminal import literal
 
 NONE = "–"  # noqa: RUF001  # a cell without a number
 UNBROKEN = ("reward", "sd", "win rate [95%]")
@@ -36,11 +37,11 @@ class ResultTable:
         self.title, self.header, self.rows = title, header, rows
 
     def for_terminal(self) -> Table:
-        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=literal(self.title), title_justify="left", box=box.SIMPLE_HEAD)
         for number, name in enumerate(self.header):
             table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=name in UNBROKEN)
         for row in self.rows:
-            table.add_row(*row, style="dim" if row[0].startswith("  ") else None)
+            table.add_row(*map(literal, row), style="dim" if row[0].startswith("  ") else None)
         return table
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from datamodules.shards.manifest import LatentsKey
-from datamodules.shards.samples import decode_picture
+from datamodules.shards.pictures import decode_picture
 from lightning_modules.errors import DataError
 
 REQUIRED = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
