@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import textwrap
 from collections.abc import Sequence
@@ -11,12 +10,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
-from jaxtyping import Float
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from torch import Tensor
 
 from callbacks.evaluation.pictures import (
     PictureRequest,
@@ -31,6 +27,7 @@ from callbacks.resume.due_evaluations import PolicyEvaluation
 from callbacks.resume.preemption import interruptible
 from datamodules.prompts import prompt_texts
 from lightning_modules.files import atomic_file
+from lightning_modules.sampling.eight_bit import eight_bit, png
 from lightning_modules.sampling.pictures import Sampler
 from lightning_modules.terminal import literal
 
@@ -98,10 +95,8 @@ class SampleGrid(PolicyEvaluation):
         path = Path(trainer.default_root_dir) / "samples" / f"{'test_' if trainer.testing else ''}step={step:07d}.png"
         if trainer.is_global_zero:
             grid = grid_picture(rows, self.texts)
-            buffer = io.BytesIO()
-            grid.save(buffer, format="PNG")
             with atomic_file(path) as file:
-                file.write(buffer.getvalue())
+                file.write(png(np.asarray(grid)))
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image("samples", np.asarray(grid), step, dataformats="HWC")
@@ -114,14 +109,8 @@ class SampleGrid(PolicyEvaluation):
         mine: list[np.ndarray] = []
         for batch in my_share(trainer, requests, self.batch_size, f"samples ({title})"):
             images = make_pictures(trainer, module, self.sampler, denoise, batch, self.image_size)
-            mine += list(to_uint8(images))
+            mine += list(eight_bit(images, [request.prompt for request in batch]))
         return gathered(trainer, mine)
-
-
-def to_uint8(images: Float[Tensor, "n 3 H W"]) -> np.ndarray:
-    """``[n H W 3]`` bytes from pictures in [0, 1]."""
-    scaled = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def grid_picture(rows: dict[str, list[np.ndarray]], captions: Sequence[str]) -> Image.Image:

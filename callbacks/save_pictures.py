@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from PIL import Image
 from rich.console import Console
 
 from callbacks.evaluation.pictures import (
@@ -20,10 +18,10 @@ from callbacks.evaluation.pictures import (
     my_share,
     policy_step,
 )
-from callbacks.sample_grid import to_uint8
 from datamodules.prompts import prompt_texts
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_file
+from lightning_modules.sampling.eight_bit import eight_bit, png
 from lightning_modules.sampling.pictures import Sampler
 from lightning_modules.terminal import literal
 
@@ -74,12 +72,10 @@ class SavePictures(Callback):
             for batch in my_share(trainer, requests, self.batch_size, "pictures"):
                 denoise = module.policy.predict_noise
                 images = make_pictures(trainer, module, self.sampler, denoise, batch, self.image_size)
-                for request, pixels in zip(batch, to_uint8(images)):
+                for request, pixels in zip(batch, eight_bit(images, [request.prompt for request in batch])):
                     name = f"{request.key[2]:05d}_{request.key[3]:02d}.png"
-                    buffer = io.BytesIO()
-                    Image.fromarray(pixels).save(buffer, format="PNG")
                     with atomic_file(folder / name) as file:
-                        file.write(buffer.getvalue())
+                        file.write(png(pixels))
                     mine.append({"file": name, "prompt": request.prompt})
         entries = gathered(trainer, mine)
         if trainer.is_global_zero:

@@ -14,13 +14,15 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from jsonargparse import Namespace
+from rich.console import Console
 from rich.progress import track
 
+from datamodules.pools.fingerprint import fingerprint
 from datamodules.prompts import prompt_texts
 from datamodules.shards.json_files import read_json, write_json
 from experiments.cli.command import run_command
@@ -28,14 +30,16 @@ from experiments.cli.compose import import_named
 from experiments.cli.configured_policy import load_policy
 from experiments.cli.experiment_cli import OneLineParser
 from experiments.preparation.pickapic_schema import SCHEMA, pair_row
-from lightning_modules.errors import ConfigError
-from lightning_modules.files import atomic_file
+from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.files import atomic_file, clear_unfinished
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import derive_seed
 from lightning_modules.rewards.base import RewardModel
+from lightning_modules.sampling.eight_bit import eight_bit
 from lightning_modules.sampling.pictures import Sampler, initial_noise
+from lightning_modules.terminal import literal
 
-PART = 256  # pairs a parquet file
+PART = 256  # pairs per parquet file
 
 
 def draw_pairs(
@@ -47,15 +51,19 @@ def draw_pairs(
     texts = [prompts[number % len(prompts)] for number in numbers for _ in range(k)]
     noise, generators = initial_noise(policy, keys)
     images = settings.sampler.generate(policy, policy.predict_noise, texts, noise, generators)
+    pictures = eight_bit(images, texts)
+    pictures = pictures.reshape(-1, k, *pictures.shape[1:])
     scores = reward.score(images, texts).reshape(-1, k).cpu()
-    pictures = (images * 255).round().to(torch.uint8).cpu().unflatten(0, (-1, k))
     examples = Counter(prompts[number % len(prompts)] for number in range(settings.pairs))
     rows = []
     for number, candidates, values in zip(numbers, pictures, scores):
-        chosen = [int(values.argmax()), int(values.argmin())]
+        caption = prompts[number % len(prompts)]
+        if not values.isfinite().all():
+            raise UserError(f"{reward.name} gave the scores {values.tolist()} to pictures of {caption!r}; want numbers")
+        # Where all scores are equal both would be the first picture.
+        chosen = [int(values.argmax()), int(values.argmin())] if values.max() > values.min() else [0, 1]
         if derive_seed(settings.seed, "feedback order", number) % 2:
             chosen.reverse()  # so that nothing can be learnt from which picture comes first
-        caption = prompts[number % len(prompts)]
         both = (candidates[chosen], values[chosen].tolist())
         rows.append(pair_row(number, settings.seed, caption, *both, settings.tie, examples[caption], reward.name))
     return rows
@@ -70,31 +78,51 @@ def prepare(settings: Namespace) -> None:
     if settings.pairs < 1 or settings.candidates < 2 or settings.batch_size < 1:
         raise ConfigError("want --pairs of at least 1, --candidates of at least 2 and --batch_size of at least 1")
     prompts, folder = prompt_texts(settings.prompts), Path(settings.output)
-    job = {"config": settings.config, "seed": settings.seed, "pairs": settings.pairs, "tie": settings.tie,
-           "candidates": settings.candidates, "prompts": derive_seed(*prompts), "sampler": repr(settings.sampler),
-           "reward": type(settings.reward).__name__}  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "job.json").exists():
-        if read_json(folder / "job.json") != job:
-            raise ConfigError(f"{folder} was begun with other settings (its job.json); name a new --output")
-    elif any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds other files; name a new --output")
-    else:
-        write_json(folder / "job.json", job)
     policy = load_policy(settings.config)
     reward = settings.reward.to(policy.device).eval()
+    job = {"config": settings.config, "seed": settings.seed, "pairs": settings.pairs, "tie": settings.tie,
+           "candidates": settings.candidates, "prompts": derive_seed(*prompts), "sampler": repr(settings.sampler),
+           "reward": type(reward).__name__, "reward's weights": fingerprint(reward, frozen_in_full=True),
+           "policy's weights": fingerprint(policy, frozen_in_full=True)}  # fmt: skip
+    _begin(folder, job)
     parts = range(0, settings.pairs, PART)
     for first in track(parts, description="drawing and judging"):
         path = folder / f"train-{first // PART:05d}-of-{len(parts):05d}.parquet"
-        if path.exists():
-            continue
         last = min(first + PART, settings.pairs)
+        if _is_complete(path, last - first):
+            continue
         rows = []
         for start in range(first, last, settings.batch_size):
             numbers = range(start, min(start + settings.batch_size, last))
             rows += draw_pairs(policy, reward, prompts, numbers, settings)
         with atomic_file(path) as file:
             pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
+
+
+def _begin(folder: Path, job: dict[str, Any]) -> None:
+    """Make the folder this job's, or check that it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_unfinished(folder)
+    if (folder / "job.json").exists():
+        before = read_json(folder / "job.json")
+        differ = [name for name in job if before.get(name) != job[name]]
+        if differ:
+            raise ConfigError(
+                f"{folder} was begun with other settings ({', '.join(differ)}; its job.json); name a new --output"
+            )
+    elif any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds other files; name a new --output")
+    else:
+        write_json(folder / "job.json", job)
+
+
+def _is_complete(path: Path, rows: int) -> bool:
+    """Whether a part is there, with all its rows; one that was cut off since is made again."""
+    try:
+        return path.exists() and pq.read_metadata(path).num_rows == rows
+    except (OSError, pa.ArrowException):
+        Console().print(literal(f"{path} is damaged and made again"), soft_wrap=True)
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -41,12 +41,12 @@ from datamodules.shards.writer import write_shard
 from experiments.cli.command import run_command
 from experiments.cli.configured_policy import load_policy
 from experiments.preparation.encoding import encoded, latents_key
+from experiments.preparation.inputs import find_inputs
 from experiments.preparation.pickapic_rows import (
     MAX_NAMED,
     Settings,
     Unit,
     find_duplicates,
-    find_inputs,
     plan_units,
     usable_pairs,
 )

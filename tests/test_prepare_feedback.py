@@ -1,5 +1,6 @@
 """AI feedback: what a policy draws and a reward orders, in Pick-a-Pic's form."""
 
+import copy
 import io
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from PIL import Image
 
 from experiments import prepare_feedback, prepare_pickapic
-from lightning_modules.errors import ConfigError
+from experiments.cli.configured_policy import load_policy
+from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.shapes.reward import ShapesReward
 
 PROMPTS = ["two large green triangles on a white background", "one small red circle on a black background"]
@@ -89,3 +91,87 @@ def test_settings_without_meaning_are_refused(words, bad):
 def test_an_unknown_reward_names_the_known_ones(words):
     with pytest.raises(ConfigError, match="NoReward"):
         prepare_feedback.main(["--reward=NoReward", *words()[1:]])
+
+
+class Strange(ShapesReward):
+    """Gives chosen scores, whatever it sees."""
+
+    values: list[float]
+
+    def score(self, images, prompts):
+        return torch.tensor(self.values * (len(images) // len(self.values)))
+
+
+def strange(values):
+    reward = Strange()
+    reward.values = values
+    return reward
+
+
+@pytest.fixture
+def judged_by(monkeypatch, words):
+    """``prepare_feedback`` with another reward than the command line's."""
+    prepare = prepare_feedback.prepare
+
+    def run(reward, *arguments, **changes):
+        monkeypatch.setattr(
+            prepare_feedback, "prepare", lambda settings: (setattr(settings, "reward", reward), prepare(settings))
+        )
+        prepare_feedback.main(words(*arguments, **changes))
+
+    return run
+
+
+def test_a_score_that_is_no_number_makes_no_pair(tmp_path, judged_by):
+    with pytest.raises(UserError, match=r"shapes gave the scores \[nan, 1.0, 2.0\] to pictures of 'two large green"):
+        judged_by(strange([float("nan"), 1.0, 2.0]))
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+def test_equal_scores_make_a_tie_of_two_pictures(tmp_path, judged_by):
+    judged_by(strange([1.0, 1.0, 1.0]))
+    for row in read(tmp_path / "out"):
+        assert row["label_0"] == 0.5
+        assert row["jpg_0"] != row["jpg_1"]
+
+
+def test_of_many_candidates_the_best_and_the_worst_are_paired(tmp_path, judged_by):
+    """Candidate pictures are those of a run whose reward tells them apart by their number."""
+    judged_by(strange([5.0, 3.0, 9.0, 1.0]), "pairs", candidates=4, pairs=1, batch_size=1)
+    judged_by(strange([5.0, 1.0, 9.0, 3.0]), "other", candidates=4, pairs=1, batch_size=1)
+    (pair,), (other,) = read(tmp_path / "pairs"), read(tmp_path / "other")
+    first = 0 if pair["label_0"] == 1.0 else 1
+    assert pair[f"jpg_{first}"] == other[f"jpg_{first}"]  # candidate 2 is the best of both
+    assert pair[f"jpg_{1 - first}"] != other[f"jpg_{1 - first}"]  # candidates 3 and 1 are the worst
+
+
+def test_pairs_of_another_judge_or_policy_are_not_taken_for_ours(tmp_path, words, monkeypatch, judged_by):
+    judged_by(strange([1.0, 2.0, 3.0]), pairs=1)
+    reward = strange([1.0, 2.0, 3.0])
+    reward.register_buffer("weight", torch.ones(100))
+    with pytest.raises(ConfigError, match="begun with other settings \\(reward's weights; its job.json"):
+        judged_by(reward, pairs=1)
+    policy = load_policy("dpo_tiny")
+    changed = copy.deepcopy(policy)
+    with torch.no_grad():
+        next(changed.unet.parameters()).view(-1)[-1] += 1  # of a frozen tensor only a few numbers are usually read
+    monkeypatch.setattr(prepare_feedback, "load_policy", lambda config: changed)
+    with pytest.raises(ConfigError, match="begun with other settings \\(policy's weights; its job.json"):
+        judged_by(strange([1.0, 2.0, 3.0]), pairs=1)
+
+
+def test_a_part_that_was_cut_off_is_made_again(tmp_path, words, capsys):
+    prepare_feedback.main(words(pairs=2))
+    (part,) = (tmp_path / "out").glob("*.parquet")
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    prepare_feedback.main(words(pairs=2))
+    assert part.read_bytes() == whole
+    assert "is damaged and made again" in capsys.readouterr().out
+
+
+def test_what_a_killed_command_left_is_no_other_file(tmp_path, words):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".job.json-unfinished-00ab").write_text("{")
+    prepare_feedback.main(words(pairs=1))
+    assert len(read(tmp_path / "out")) == 1

@@ -15,11 +15,15 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(repr(value).encode(), digest_size=6).hexdigest()
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(module: nn.Module, frozen_in_full: bool = False) -> str:
     """A hash of a network: all weights under training, some numbers of each frozen tensor, its settings.
 
     The frozen ones change only with the settings that name them, so that a few numbers tell them apart, and reading
     all of a large model for every pool would take longer than its prompts' first step.
+
+    Args:
+        module: the network.
+        frozen_in_full: read frozen tensors whole, where a name may have got other weights since.
     """
     found = hashlib.blake2b(digest_size=8)
     for name, part in module.named_modules():
@@ -28,7 +32,7 @@ def fingerprint(module: nn.Module) -> str:
         found.update(repr((name, type(part).__name__, shown)).encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         values = tensor.detach().reshape(-1)
-        if not tensor.requires_grad:
+        if not (tensor.requires_grad or frozen_in_full):
             values = values[:: max(1, len(values) // 64)]
         found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
         found.update(_bytes(values))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from jsonargparse import Namespace
-from PIL import Image
 from torch import Tensor
 
 from datamodules.pools.fingerprint import fingerprint
@@ -20,10 +17,11 @@ from experiments.cli.experiment_cli import OneLineParser
 from experiments.labelling.pairs import PicturePair
 from experiments.labelling.supply import PairSource, Stopped
 from lightning_modules.batches import DenoiserQuery
-from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_file
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import derive_seed
+from lightning_modules.sampling.eight_bit import eight_bit, png
 from lightning_modules.sampling.pictures import Sampler, initial_noise
 
 FOLDER = "pictures"
@@ -86,15 +84,7 @@ class DrawnPairs(PairSource):
 
         noise, generators = initial_noise(self._policy, [(self._seed, "label", number, i) for i in (0, 1)])
         images = self._sampler.generate(self._policy, denoise, [prompt, prompt], noise, generators)
-        if not images.isfinite().all():
-            raise DataError(f"pair {number} ({prompt[:80]!r}): the policy drew numbers that are not finite; try fp32")
-        pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        encoded = []
-        for picture in pixels:
-            buffer = io.BytesIO()
-            Image.fromarray(picture).save(buffer, "PNG")
-            encoded.append(buffer.getvalue())
-        return encoded
+        return [png(picture) for picture in eight_bit(images, [prompt, prompt])]
 
 
 def drawn_pairs(

@@ -1,10 +1,8 @@
-"""Rows of Pick-a-Pic's parquet files: found, cut into units, cleaned, and their pictures checked."""
+"""Rows of Pick-a-Pic's parquet files: cut into units, cleaned, and their pictures checked."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,16 +15,25 @@ import pyarrow.parquet as parquet
 from PIL import Image
 from rich.progress import Progress
 
+from datamodules.pairs.samples import MAX_EXAMPLES_PER_PROMPT
 from datamodules.shards.manifest import LatentsKey
 from datamodules.shards.pictures import decode_picture
+from experiments.preparation.columns import check_columns, plain
 from lightning_modules.errors import DataError
 
 REQUIRED = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
 SMALL = ("label_0", "label_1", "caption", "has_label", "image_0_uid", "image_1_uid")
 CARRIED = ("num_example_per_prompt", "ranking_id")
-OPTIONAL = ("has_label", "image_0_uid", "image_1_uid", "model_0", "model_1", *CARRIED)
+# Every column that is read, and what it holds (see ``columns``).
+MEANING = {
+    **dict.fromkeys(("jpg_0", "jpg_1"), "picture"),
+    **dict.fromkeys(("caption", "model_0", "model_1"), "text"),
+    **dict.fromkeys(("image_0_uid", "image_1_uid"), "identity"),
+    **dict.fromkeys(("label_0", "label_1", *CARRIED), "number"),
+    "has_label": "flag",
+}
 MAX_NAMED = 20  # damaged rows that the manifest names; more say nothing new
-READ_BATCH = 32  # rows in memory at once, a process
+READ_BATCH = 32  # rows in memory at once, per process
 
 
 @dataclass(frozen=True)
@@ -58,63 +65,6 @@ class Unit:
     duplicates: frozenset[int] = frozenset()
 
 
-# ----------------------------------------------------------------------------------------------- files
-
-
-def find_inputs(inputs: Sequence[str], split: str) -> list[Path]:
-    """The parquet files that the command line names, in a fixed order.
-
-    Raises:
-        DataError: nothing there, or a folder without the split.
-    """
-    files: list[Path] = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            files += _of_split(path, split)
-        elif path.exists():
-            files.append(path)
-        elif glob.has_magic(name):
-            found = sorted(glob.glob(name))  # noqa: PTH207  # Path.glob takes no absolute pattern
-            if not found:
-                raise DataError(f"--input {name!r} matches no file; check the pattern")
-            files += map(Path, found)
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".parquet"):
-            files += _of_split(_download(name, split), split)
-        else:
-            raise DataError(f"--input {name!r} does not exist; give parquet files, their folder or a hub id")
-    return files
-
-
-def _of_split(folder: Path, split: str) -> list[Path]:
-    """The folder's files of a split, as in ``train-00000-of-00645-<hash>.parquet``; all if no file names a split."""
-    found = sorted(folder.rglob("*.parquet"))
-    if not found:
-        raise DataError(f"{folder} holds no parquet files; check the path or download the data again")
-    pattern = re.compile(r"(\w+)-\d+-of-\d+.*\.parquet")
-    splits = {path: match.group(1) if (match := pattern.fullmatch(path.name)) else None for path in found}
-    mine = [path for path in found if splits[path] == split]
-    if not mine and any(splits.values()):
-        names = ", ".join(sorted({name for name in splits.values() if name}))
-        raise DataError(f"{folder} holds no split {split!r}, only {names}; choose one with --split")
-    return mine or found
-
-
-def _download(repository: str, split: str) -> Path:
-    """A snapshot of a hub data set's parquet files of one split, in the hub's own cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    patterns = [f"{split}-*.parquet", f"*/{split}-*.parquet"]
-    try:
-        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise DataError(
-            f"--input {repository!r} is no file or folder here, and as a hub id it cannot be downloaded "
-            f"({' '.join(str(error).split())[:160]}); check the name and the network, or give a folder of parquet files"
-        ) from error
-
-
 @contextmanager
 def _parquet(path: str | Path) -> Iterator[parquet.ParquetFile]:
     """An open parquet file; whatever is wrong with its bytes is a ``DataError`` with its name."""
@@ -127,19 +77,6 @@ def _parquet(path: str | Path) -> Iterator[parquet.ParquetFile]:
         raise DataError(f"{path} is not a whole parquet file ({reason}); download it again") from error
 
 
-def _check_columns(path: Path, schema: pyarrow.Schema) -> None:
-    missing = [name for name in REQUIRED if name not in schema.names]
-    if missing:
-        raise DataError(
-            f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}. "
-            f"Pick-a-Pic files have {', '.join(REQUIRED)}: check --input"
-        )
-    for name in ("jpg_0", "jpg_1"):
-        kind = schema.field(name).type
-        if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
-            raise DataError(f"{path}: column {name} is {kind}, expected binary (encoded pictures): check --input")
-
-
 def plan_units(files: Sequence[Path], shard_size: int, limit: int | None) -> list[Unit]:
     """Cut the input into units, from the files' footers alone.
 
@@ -150,7 +87,7 @@ def plan_units(files: Sequence[Path], shard_size: int, limit: int | None) -> lis
     row = shard = 0
     for path in files:
         with _parquet(path) as file:
-            _check_columns(path, file.schema_arrow)
+            check_columns(path, file.schema_arrow, MEANING, REQUIRED)
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         for groups in _grouped(sizes, shard_size):
             rows = sum(sizes[group] for group in groups)
@@ -187,7 +124,7 @@ def _rows(unit: Unit, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, An
             for row in batch.to_pylist():
                 if number == end:
                     return
-                yield number, row
+                yield number, plain(row, MEANING)
                 number += 1
 
 
@@ -257,10 +194,13 @@ class Pair:
 def _pair(number: int, row: Mapping[str, Any]) -> Pair:
     """
     Raises:
-        DataError: a picture is missing or does not decode.
+        DataError: a picture is missing or does not decode, or a number is none that the reader takes.
     """
     label = preference(row)
     assert label is not None
+    examples = row.get("num_example_per_prompt")
+    if examples is not None and not 1 <= examples <= MAX_EXAMPLES_PER_PROMPT:
+        raise DataError(f"num_example_per_prompt must lie in [1, {MAX_EXAMPLES_PER_PROMPT:g}], got {examples}")
     first, second = (0, 1) if label >= 0.5 else (1, 0)
     images = []
     for side in (first, second):
@@ -283,7 +223,7 @@ def _pair(number: int, row: Mapping[str, Any]) -> Pair:
 def usable_pairs(unit: Unit, settings: Settings, counts: Counter[str], corrupt: list[str]) -> Iterator[Pair]:
     """The unit's pairs; what is dropped goes into ``counts`` and the first damaged rows' names into ``corrupt``."""
     seen: set[bytes] = set()
-    for number, row in _rows(unit, (*REQUIRED, *OPTIONAL)):
+    for number, row in _rows(unit, tuple(MEANING)):
         counts["rows_read"] += 1
         reason = _reason_to_drop(row, settings)
         if reason is None and (number in unit.duplicates or _repeats(row, seen)):

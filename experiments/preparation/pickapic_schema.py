@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import UInt8
-from PIL import Image
-from torch import Tensor
 
 from lightning_modules.randomness import derive_seed
+from lightning_modules.sampling.eight_bit import png
 
 # As published: yuvalkirstain/pickapic_v1 and _v2.
 SCHEMA = pa.schema(
@@ -44,7 +42,7 @@ def pair_row(
     index: int,
     seed: int,
     caption: str,
-    pictures: UInt8[Tensor, "2 3 h w"],
+    pictures: UInt8[np.ndarray, "2 H W 3"],
     scores: Sequence[float],
     tie: float,
     examples: int,
@@ -75,8 +73,8 @@ def pair_row(
         "image_0_url": f"{source}://{uids[0]}",
         "image_1_uid": uids[1],
         "image_1_url": f"{source}://{uids[1]}",
-        "jpg_0": encode(pictures[0]),
-        "jpg_1": encode(pictures[1]),
+        "jpg_0": png(pictures[0]),
+        "jpg_1": png(pictures[1]),
         "label_0": label,
         "label_1": 1 - label,
         "model_0": source,
@@ -86,10 +84,3 @@ def pair_row(
         "num_example_per_prompt": examples,
         "__index_level_0__": index,
     }
-
-
-def encode(picture: UInt8[Tensor, "3 h w"]) -> bytes:
-    """PNG: JPEG's own artefacts would be the largest flaw of small pictures, and rewards see them."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(buffer, "PNG")
-    return buffer.getvalue()

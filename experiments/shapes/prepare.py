@@ -46,7 +46,7 @@ def rows(first: int, last: int, seed: int, counts: Counter[str], captions: list[
             j,
             seed,
             captions[j],
-            pictures[2 * i : 2 * i + 2],
+            pictures[2 * i : 2 * i + 2].permute(0, 2, 3, 1).numpy(),
             rewards[2 * i : 2 * i + 2].tolist(),
             TIE,
             counts[captions[j]],
