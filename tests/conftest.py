@@ -47,7 +47,7 @@ def one_thread():
 @pytest.fixture
 def handlers():
     """No signal handler of a run outlives it."""
-    numbers = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     yield
     assert [signal.getsignal(number) for number in numbers] == before

@@ -5,16 +5,24 @@ import io
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from tiny_regression import Regression, fit
 
-from callbacks.resume.checkpoint_files import AtomicCheckpointIO, damage, newest_checkpoint, newest_whole_checkpoint
+from callbacks.resume.checkpoint_files import (
+    AtomicCheckpointIO,
+    NewestIntact,
+    damage_reason,
+    newest_checkpoint,
+    newest_intact_checkpoint,
+)
 from callbacks.resume.checkpointing import AfterStep, RunCheckpoint
 from callbacks.resume.exact_resume import ExactResume
 from experiments import run
@@ -78,7 +86,7 @@ def test_a_disk_that_fills_up_ends_a_run_that_goes_on_later(tmp_path):
         fit(tmp_path, FillsTheDisk(), RunCheckpoint(every_n_steps=2, keep=2), steps=6)
     assert names(tmp_path) == ["last.ckpt", "step=0000002.ckpt"]
     whole = fit(tmp_path / "whole", RunCheckpoint(), steps=6)
-    newest = newest_whole_checkpoint(tmp_path / "checkpoints").checkpoint
+    newest = newest_intact_checkpoint(tmp_path / "checkpoints").checkpoint
     resumed = fit(tmp_path, RunCheckpoint(every_n_steps=2, keep=2), steps=6, ckpt_path=newest)
     assert torch.equal(whole.net.weight, resumed.net.weight)
 
@@ -100,12 +108,50 @@ def test_a_killed_writer_leaves_a_checkpoint_that_loads(tmp_path):
         assert newest_checkpoint(tmp_path) == target
 
 
-def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
+def saved(folder, name, step, saves=None):
+    """A file with the part of a checkpoint that says when it was written."""
+    notes = {} if saves is None else {"RunCheckpoint": {"saves": saves}}
+    content = {"state_dict": {}, "loops": {}, "global_step": step, "callbacks": notes}
+    AtomicCheckpointIO().save_checkpoint(content, folder / name)
+
+
+def test_the_newest_checkpoint_is_the_one_that_the_run_wrote_last_whatever_file_times_say(tmp_path):
     assert newest_checkpoint(tmp_path / "nothing") is None
-    for age, name in ((30, "step=3.ckpt"), (20, "last.ckpt"), (10, "step=1.ckpt"), (0, ".step=9.ckpt-unfinished-1")):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, ns=(10**18 - age, 10**18 - age))
+    saved(tmp_path, "step=1.ckpt", 1, saves=3)  # the run went back
+    saved(tmp_path, "step=3.ckpt", 3, saves=2)
+    saved(tmp_path, "step=9.ckpt", 9)  # of an earlier version
+    (tmp_path / ".step=9.ckpt-unfinished-1").touch()
     assert newest_checkpoint(tmp_path) == tmp_path / "step=1.ckpt"
+    saved(tmp_path, "last.ckpt", 1, saves=3)
+    for age, name in ((30, "last.ckpt"), (20, "step=1.ckpt"), (10, "step=3.ckpt"), (0, "step=9.ckpt")):
+        os.utime(tmp_path / name, ns=(10**18 - age, 10**18 - age))
+    assert newest_checkpoint(tmp_path) == tmp_path / "last.ckpt"
+    (tmp_path / "step=3.ckpt").write_bytes(b"PK")  # nobody knows: it is looked into, and told of, first
+    assert newest_intact_checkpoint(tmp_path) == NewestIntact(
+        tmp_path / "last.ckpt", {tmp_path / "step=3.ckpt": "is cut short or no checkpoint"}
+    )
+
+
+def test_a_run_deletes_nothing_that_it_has_just_written_when_clocks_were_ahead(tmp_path):
+    fit(tmp_path, RunCheckpoint(every_n_steps=2, keep=2), steps=4)
+    for file in (tmp_path / "checkpoints").iterdir():
+        os.utime(file, ns=(10**19, 10**19))
+    last = newest_checkpoint(tmp_path / "checkpoints")
+    fit(tmp_path, RunCheckpoint(every_n_steps=2, keep=2), steps=8, ckpt_path=last)
+    assert names(tmp_path) == ["last.ckpt", "step=0000006.ckpt", "step=0000008.ckpt"]
+    assert step_of(newest_checkpoint(tmp_path / "checkpoints")) == 8
+
+
+def step_of(file):
+    return torch.load(file, weights_only=True)["global_step"]
+
+
+def test_a_copied_run_resumes_from_its_newest_step(tmp_path):
+    fit(tmp_path / "run", RunCheckpoint(every_n_steps=2, keep=-1), steps=6)
+    (tmp_path / "copy").mkdir()
+    for name in ("last.ckpt", "step=0000006.ckpt", "step=0000004.ckpt", "step=0000002.ckpt"):
+        (tmp_path / "copy" / name).write_bytes((tmp_path / "run" / "checkpoints" / name).read_bytes())
+        assert newest_checkpoint(tmp_path / "copy").name == "last.ckpt"
 
 
 def test_keeps_the_newest_few_and_the_last_and_saves_the_end(tmp_path):
@@ -128,7 +174,6 @@ def test_a_run_killed_between_the_two_files_of_its_last_step_ends_with_both(tmp_
     fit(tmp_path, RunCheckpoint(), ExactResume(), steps=4, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
     last, newest = (tmp_path / "checkpoints" / name for name in ("last.ckpt", "step=0000004.ckpt"))
     last.write_bytes(former)
-    os.utime(last, ns=(newest.stat().st_mtime_ns - 1,) * 2)
     assert newest_checkpoint(tmp_path / "checkpoints") == newest
     fit(tmp_path, RunCheckpoint(), ExactResume(), steps=4, ckpt_path=newest)
     assert torch.load(last, weights_only=True)["global_step"] == 4
@@ -195,7 +240,6 @@ def test_what_killed_runs_left_behind_is_cleared_away(tmp_path):
     folder.mkdir()
     for name in ("step=0000001.ckpt", "step=0000900.ckpt", ".last.ckpt-unfinished-1", "best.ckpt"):
         (folder / name).write_text("old")
-        os.utime(folder / name, ns=(10**18, 10**18))
     fit(tmp_path, RunCheckpoint(every_n_steps=2, keep=2), steps=6)
     assert names(tmp_path) == ["best.ckpt", "last.ckpt", "step=0000004.ckpt", "step=0000006.ckpt"]
 
@@ -243,38 +287,31 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def copied(whole, tmp_path):
-    """A copy to damage, with the same order in time."""
-    folder = tmp_path / "run" / "checkpoints"
-    folder.mkdir(parents=True)
-    for age, name in enumerate(("last.ckpt", "step=0000006.ckpt", "step=0000004.ckpt")):
-        (folder / name).write_bytes((whole / name).read_bytes())
-        os.utime(folder / name, ns=(10**18 - age, 10**18 - age))
-    return folder
+    """A copy to damage."""
+    return Path(shutil.copytree(whole, tmp_path / "run" / "checkpoints"))
 
 
 def harm(file, how):
-    times = file.stat().st_mtime_ns
     file.write_bytes(DAMAGES[how][0](file.read_bytes()))
-    os.utime(file, ns=(times, times))
 
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damage_is_found_and_the_one_before_taken(copied, how):
-    assert newest_whole_checkpoint(copied).checkpoint == copied / "last.ckpt"
+    assert newest_intact_checkpoint(copied).checkpoint == copied / "last.ckpt"
     harm(copied / "last.ckpt", how)
-    assert DAMAGES[how][1] in damage(copied / "last.ckpt")
-    assert newest_whole_checkpoint(copied).checkpoint == copied / "step=0000006.ckpt"
+    assert DAMAGES[how][1] in damage_reason(copied / "last.ckpt")
+    assert newest_intact_checkpoint(copied).checkpoint == copied / "step=0000006.ckpt"
     harm(copied / "step=0000006.ckpt", how)
-    found = newest_whole_checkpoint(copied)
+    found = newest_intact_checkpoint(copied)
     assert found.checkpoint == copied / "step=0000004.ckpt"
-    assert list(found.damaged) == [copied / "last.ckpt", copied / "step=0000006.ckpt"]
+    assert found.damaged.keys() == {copied / "last.ckpt", copied / "step=0000006.ckpt"}
 
 
 def test_a_whole_file_of_another_kind_is_no_checkpoint(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "a.ckpt")
-    assert damage(tmp_path / "a.ckpt") == "holds something other than a run's checkpoint"
+    assert damage_reason(tmp_path / "a.ckpt") == "holds something other than a run's checkpoint"
     torch.save({"state_dict": print}, tmp_path / "b.ckpt")
-    assert damage(tmp_path / "b.ckpt") == "is no checkpoint that can be loaded"
+    assert damage_reason(tmp_path / "b.ckpt") == "is no checkpoint that can be loaded"
 
 
 # ------------------------------------------------------------------------------------ the command line

@@ -118,7 +118,7 @@ def test_an_evaluation_that_is_given_up_is_made_anew(whole, pipelines, tmp_path,
         fit(pipelines, tmp_path, Grid(), Judge(rewards=[Brightness(n)]), every_n_steps=every_n_steps)
     assert left.value.code == 143
     told = [line for line in capfd.readouterr().err.splitlines() if "gave up" in line or "stopped by" in line]
-    assert told[0] == f"gave up {where} pictures; it is made anew when the run goes on"
+    assert told[0] == f"gave up {where} pictures; it is made again when the run resumes"
     assert told[1].startswith(f"stopped by SIGTERM at step {step}, saved in")
     grid, judge = Grid(), Judge()
     weights = fit(pipelines, tmp_path, grid, judge, resume=True)

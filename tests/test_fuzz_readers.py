@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from pairs_data import picture
 from safetensors.torch import save as save_tensors
 
-from callbacks.resume.checkpoint_files import damage, newest_whole_checkpoint
+from callbacks.resume.checkpoint_files import damage_reason, newest_intact_checkpoint
 from datamodules.pools.folder import PoolFolder, open_pool, read_manifest
 from datamodules.pools.samples import step_pair
 from datamodules.preference_pairs import PreferencePairsDataModule
@@ -488,8 +488,8 @@ def test_damaged_checkpoints_of_runs_fall_back_to_the_one_before(damages: list) 
         whole.write_bytes(saved(CHECKPOINT))
         os.utime(whole, (1, 1))
         other.write_bytes(damaged(saved(CHECKPOINT), damages))
-        found = newest_whole_checkpoint(folder)
-        assert found.checkpoint == (other if damage(other) is None else whole)
+        found = newest_intact_checkpoint(folder)
+        assert found.checkpoint == (other if damage_reason(other) is None else whole)
         # What passes as whole is one.
         assert torch.load(found.checkpoint, weights_only=True)["global_step"] == 3
 

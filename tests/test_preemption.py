@@ -17,7 +17,8 @@ from torch.multiprocessing import ProcessExitedException
 from callbacks.resume.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
 from callbacks.resume.checkpointing import RunCheckpoint
 from callbacks.resume.exact_resume import ExactResume
-from callbacks.resume.preemption import Preemption, requeue
+from callbacks.resume.preemption import Preemption
+from callbacks.resume.slurm import requeue
 from datamodules.step_pool import StepPoolDataModule
 from lightning_modules.errors import DataError
 from lightning_modules.objectives.spo import SPO
@@ -25,7 +26,7 @@ from lightning_modules.references import AdapterOff
 from lightning_modules.sampling.step_sampler import StepSampler
 from lightning_modules.sampling.step_scorers import RandomScorer
 
-TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+TERM, USR1, USR2, INT, HUP = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning"),
@@ -62,6 +63,8 @@ def names(folder):
         (6, [TERM, TERM, USR1, INT], 143),
         (9, [USR1], 138),
         (10, [TERM], 143),
+        (4, [HUP], 129),
+        (4, [HUP, USR2], 140),
     ],
 )
 def test_a_signal_saves_leaves_with_its_code_and_the_run_goes_on_exactly(whole, tmp_path, capfd, batch, numbers, code):
@@ -75,7 +78,7 @@ def test_a_signal_saves_leaves_with_its_code_and_the_run_goes_on_exactly(whole, 
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "stopped" in line]
     name = signal.Signals(code - 128).name
     last = tmp_path / "checkpoints" / "last.ckpt"
-    assert line == f"stopped by {name} at step {step}, saved in {last}; go on with --ckpt_path auto"
+    assert line == f"stopped by {name} at step {step}, saved in {last}; resume with --ckpt_path auto"
 
     resumed = run(tmp_path, ckpt_path=newest_checkpoint(tmp_path / "checkpoints"))
     assert torch.equal(resumed.net.weight, whole.net.weight)
@@ -91,6 +94,16 @@ def test_a_second_interrupt_leaves_at_once_and_saves_nothing(tmp_path, capfd):
     assert len(cut.losses) == 6
     assert names(tmp_path) == []
     assert "stopped" not in capfd.readouterr().err
+
+
+def test_a_run_that_ignores_its_terminal_s_end_goes_on(whole, tmp_path):
+    """``nohup`` starts a command so."""
+    before = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        assert run(tmp_path, Sends(4, HUP)).losses == whole.losses
+        assert signal.getsignal(HUP) == signal.SIG_IGN
+    finally:
+        signal.signal(HUP, before)
 
 
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path, capfd):
@@ -179,7 +192,7 @@ def test_a_validation_that_is_cut_short_is_made_once_when_the_run_goes_on(tmp_pa
     with pytest.raises(ends):
         # Where it dies there is a checkpoint of the very step, written before.
         validated(tmp_path, dies, Keeps(cut), every_n_steps=1 if how == "death" else 100, **options)
-    assert ("gave up the validation after 2 of 3 batches; it is made anew" in capfd.readouterr().err) == (
+    assert ("gave up the validation after 2 of 3 batches; it is made again" in capfd.readouterr().err) == (
         how == "signal"
     )
     resumed = validated(tmp_path, resume=True, **options)
@@ -269,14 +282,15 @@ def scontrol(tmp_path, monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(("number", "asked"), [(TERM, "requeue 7\n"), (USR1, "requeue 7\n"), (INT, None)])
-def test_in_slurm_the_scheduler_s_signals_requeue(tmp_path, monkeypatch, scontrol, capfd, number, asked):
+@pytest.mark.parametrize("number", [TERM, USR1, USR2, INT, HUP])
+def test_in_slurm_the_scheduler_s_signals_requeue(tmp_path, monkeypatch, scontrol, capfd, number):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(SystemExit) as left:
         run(tmp_path, Sends(4, number))
     assert left.value.code == 128 + number
-    assert (scontrol.read_text() if scontrol.exists() else None) == asked
-    assert ("requeued SLURM job 7" in capfd.readouterr().err) == (asked is not None)
+    by_scheduler = number in (TERM, USR1, USR2)
+    assert (scontrol.read_text() if scontrol.exists() else None) == ("requeue 7\n" if by_scheduler else None)
+    assert ("requeued SLURM job 7" in capfd.readouterr().err) == by_scheduler
 
 
 def test_a_task_of_an_array_is_requeued_alone(monkeypatch, scontrol):
@@ -288,26 +302,21 @@ def test_a_task_of_an_array_is_requeued_alone(monkeypatch, scontrol):
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
-def test_a_job_that_slurm_is_ending_itself_is_left_to_it(monkeypatch, scontrol, capfd, state):
+def test_a_job_that_slurm_is_ending_itself_is_left_to_it(monkeypatch, scontrol, state):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("STATE", state)
-    requeue()
+    assert requeue() == f"SLURM job 7 was cancelled or preempted ({state}): not requeued by this run"
     assert not scontrol.exists()
-    told = f"SLURM job 7 was cancelled or preempted ({state}): not requeued by this run\n"
-    assert capfd.readouterr().err == told
 
 
-def test_a_requeue_that_fails_says_why(monkeypatch, scontrol, capfd):
-    requeue()  # outside SLURM
-    assert capfd.readouterr().err == ""
+def test_a_requeue_that_fails_says_why(monkeypatch, scontrol):
+    assert requeue() is None  # outside SLURM
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("STATE", "BUSY")
-    requeue()
-    told = "could not requeue SLURM job 7: {}; submit it again with --ckpt_path auto\n"
-    assert capfd.readouterr().err == told.format("slurm_requeue error: busy")
+    told = "could not requeue SLURM job 7: {}; submit it again with --ckpt_path auto"
+    assert requeue() == told.format("slurm_requeue error: busy")
     monkeypatch.setenv("PATH", "/nowhere")
-    requeue()
-    assert capfd.readouterr().err == told.format("[Errno 2] No such file or directory: 'scontrol'")
+    assert requeue() == told.format("[Errno 2] No such file or directory: 'scontrol'")
 
 
 # --------------------------------------------------------------------------------------------- pools
@@ -355,7 +364,7 @@ def test_a_signal_in_sampling_keeps_finished_chunks_and_the_pools_before(whole_p
         pools(pipelines, tmp_path, at=pool * 10 + 3)  # in the second chunk
     assert left.value.code == 143
     told = capfd.readouterr().err
-    assert ("go on with --ckpt_path auto" if pool else "start again with the same command") in told
+    assert ("resume with --ckpt_path auto" if pool else "start again with the same command") in told
     assert len(list((tmp_path / "pools").glob(f"pool-{pool:05d}-*/?????.json"))) == 2  # that chunk is finished first
     weights, scorer = pools(pipelines, tmp_path, resume=pool > 0)
     assert torch.equal(weights, whole_pools)

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, and the newest whole one of a folder."""
+"""Checkpoint files: written complete or not at all, and the newest intact one of a folder."""
 
 from __future__ import annotations
 
@@ -38,43 +38,59 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint in ``folder`` that was written last; ``last.ckpt`` where it is as new as any."""
+    """The checkpoint in ``folder`` that the run wrote last, see ``writing_order``; one that cannot be read before all
+    others; ``last.ckpt`` where it is as new as any."""
     return next(iter(_newest_first(folder)), None)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a folder offers to go on from.
+class NewestIntact:
+    """What a folder offers to resume from.
 
     Attributes:
-        checkpoint: the newest whole one, or None.
-        damaged: what is wrong with the newer ones, by file, newest first.
+        checkpoint: The newest intact one, or None.
+        damaged: What is wrong with those that were passed over for it, by file.
     """
 
     checkpoint: Path | None
     damaged: dict[Path, str]
 
 
-def newest_whole_checkpoint(folder: Path) -> Found:
+def newest_intact_checkpoint(folder: Path) -> NewestIntact:
     """The newest checkpoint that nothing is wrong with."""
     damaged: dict[Path, str] = {}
     for file in _newest_first(folder):
-        reason = damage(file)
+        reason = damage_reason(file)
         if reason is None:
-            return Found(file, damaged)
+            return NewestIntact(file, damaged)
         damaged[file] = reason
-    return Found(None, damaged)
+    return NewestIntact(None, damaged)
 
 
-def damage(file: Path) -> str | None:
+def writing_order(file: Path) -> tuple[int, int] | None:
+    """By what a run's checkpoints are ordered: how many saves it had made before, then the step; None: unreadable.
+
+    The run counts its saves itself: file times change when a folder is copied, and a clock may have been wrong. A
+    run that went back to an older checkpoint counts on from the newest, so that what it writes is newer than what it
+    left behind. Checkpoints of earlier versions have no number and are the oldest.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (*_UNREADABLE, pickle.UnpicklingError, OSError):
+        return None
+    callbacks = content.get("callbacks") if isinstance(content, dict) else None
+    state = callbacks.get("RunCheckpoint") if isinstance(callbacks, dict) else None
+    saves = state.get("saves", 0) if isinstance(state, dict) else 0
+    step = content.get("global_step", 0) if isinstance(content, dict) else 0
+    return (saves, step) if isinstance(saves, int) and isinstance(step, int) else None
+
+
+def damage_reason(file: Path) -> str | None:
     """What is wrong with a checkpoint file, or None.
 
     All of it is read and its checksums compared, which finds a file that is empty, cut short anywhere, overwritten, or
-    has a changed byte in any weight; then its structure is loaded, without the weights. The folders that sharded
-    strategies write are not looked into.
+    has a changed byte in any weight; then its structure is loaded, without the weights.
     """
-    if file.is_dir():
-        return None
     try:
         if file.stat().st_size == 0:
             return "is empty"
@@ -102,9 +118,8 @@ STEP_NAME = re.compile(r"step=\d+\.ckpt")  # as RunCheckpoint calls them
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.ckpt"), key=lambda file: (written(file), file.name == "last.ckpt"), reverse=True)
+    def key(file: Path) -> tuple[bool, tuple[int, int], bool]:
+        order = writing_order(file)
+        return order is None, order or (0, 0), file.name == "last.ckpt"
 
-
-def written(file: Path) -> int:
-    """When, in nanoseconds."""
-    return file.stat().st_mtime_ns
+    return sorted(sorted(folder.glob("*.ckpt"), reverse=True), key=key, reverse=True)

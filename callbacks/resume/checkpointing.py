@@ -10,17 +10,21 @@ from weakref import proxy
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.resume.checkpoint_files import STEP_NAME, newest_checkpoint, written
+from callbacks.resume.checkpoint_files import STEP_NAME, newest_checkpoint, writing_order
 from lightning_modules.errors import ConfigError, DataError, UserError
 from lightning_modules.files import clear_unfinished
+from lightning_modules.lightning_internals import at_epochs_last_batch, dump_checkpoint, log_step
 
 
 class AfterStep(Callback):
-    """Does something after a step, once. The checkpoint of that step may have been written before.
+    """Does something after a step, such as an evaluation, and notes in the checkpoint that it is done.
+
+    ``RunCheckpoint`` may have saved that step before; it then saves the step once more, with the note.
 
     Attributes:
-        unsaved: whether something was done that ``RunCheckpoint`` has not saved.
+        unsaved: Whether something was done that ``RunCheckpoint`` has not saved.
     """
 
     unsaved = False
@@ -32,10 +36,12 @@ class RunCheckpoint(ModelCheckpoint):
     Saves every so many steps or minutes, when a pool is used up (sampling the next may take longer than training on
     it), on a signal (``Preemption``), and at the end of the training. All of them count alike.
 
+    Checkpoints are numbered in the order of writing, which tells the newest one, see ``writing_order``.
+
     Args:
-        every_n_steps: optimizer steps between checkpoints.
-        keep: how many to keep beside ``last.ckpt``, the newest; -1 keeps all.
-        every_n_minutes: save also at the end of the first optimizer step that many minutes after the last save.
+        every_n_steps: Optimizer steps between checkpoints.
+        keep: How many to keep beside ``last.ckpt``, the newest; -1 keeps all.
+        every_n_minutes: Also save at the end of the first optimizer step that many minutes after the last save.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -59,16 +65,18 @@ class RunCheckpoint(ModelCheckpoint):
         self.every_n_steps, self.keep, self.every_n_minutes = every_n_steps, keep, every_n_minutes
         self._saved_at = 0.0
         self._step = 0
+        self._saved_step = 0  # what stands in a checkpoint already; before the first step there is nothing to save
+        self._saves = 0
 
     @property
     def state_key(self) -> str:
         return type(self).__qualname__  # other settings don't make it another callback
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"saves": self._saves}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
+        self._saves = state_dict.get("saves", 0)  # earlier versions did not count
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
@@ -79,11 +87,13 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_at, self._step = time.monotonic(), trainer.global_step
-        newest = newest_checkpoint(self._folder) if trainer.is_global_zero and trainer.ckpt_path is not None else None
-        from_newest = newest is not None and newest.samefile(str(trainer.ckpt_path))
+        newest = newest_checkpoint(self._folder) if trainer.is_global_zero else None
+        from_newest = newest is not None and trainer.ckpt_path is not None and newest.samefile(str(trainer.ckpt_path))
         # Where a step has a file and last.ckpt is older, the run was killed between the two.
         if trainer.strategy.broadcast(from_newest and newest == self._folder / "last.ckpt"):
-            self._last_global_step_saved = trainer.global_step
+            self._saved_step = trainer.global_step
+        orders = map(writing_order, self._folder.glob("*.ckpt")) if trainer.is_global_zero else ()
+        self._saves = trainer.strategy.broadcast(max((order[0] for order in orders if order), default=self._saves))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,7 +103,7 @@ class RunCheckpoint(ModelCheckpoint):
             return  # gradients are being accumulated
         self._step = step
         pools = trainer.reload_dataloaders_every_n_epochs == 1  # type: ignore[attr-defined]  # put there by a connector
-        pool_used_up = pools and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        pool_used_up = pools and at_epochs_last_batch(trainer)
         if step % self.every_n_steps == 0 or pool_used_up or self._minutes_are_over(trainer):
             log_step(trainer)
             self.save_now(trainer)
@@ -102,21 +112,26 @@ class RunCheckpoint(ModelCheckpoint):
         self.save_now(trainer)
 
     def save_now(self, trainer: pl.Trainer) -> None:
-        """Write what the run stands at, unless it is saved already; all ranks must call it."""
-        later = [callback for callback in callbacks_of(trainer) if isinstance(callback, AfterStep)]
-        if trainer.global_step > 0 and any(callback.unsaved for callback in later):
-            self._last_global_step_saved = -1
-        if self._should_skip_saving_checkpoint(trainer):
+        """Write what the run stands at, unless it is saved already; all ranks must call it.
+
+        Raises:
+            DataError: this rank, or another one, cannot write it.
+        """
+        tries = trainer.fast_dev_run  # type: ignore[attr-defined]  # put there by a connector
+        if tries or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        candidates = self._monitor_candidates(trainer)
-        if self.keep != 0:
-            self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
-        self._save_last_checkpoint(trainer, candidates)
-        self._saved_at = time.monotonic()
+        later = [callback for callback in callbacks_of(trainer) if isinstance(callback, AfterStep)]
+        changed = trainer.global_step > 0 and any(callback.unsaved for callback in later)
+        if trainer.global_step == self._saved_step and not changed:
+            return
+        self._write(trainer)
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         for callback in later:
             callback.unsaved = False
         if trainer.is_global_zero:
             self._clear_away(trainer)
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
 
     @property
     def _folder(self) -> Path:
@@ -125,7 +140,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _clear_away(self, trainer: pl.Trainer) -> None:
         """Delete what is too old, and what writers left that were killed: this process is the only one that writes."""
         named = [file for file in self._folder.glob("step=*.ckpt") if STEP_NAME.fullmatch(file.name)]
-        old = sorted(named, key=written)[: -self.keep] if self.keep > 0 else []
+        old = sorted(named, key=lambda file: writing_order(file) or (-1, -1))[: -self.keep] if self.keep > 0 else []
         for file in old:
             trainer.strategy.remove_checkpoint(file)
         clear_unfinished(self._folder)
@@ -137,12 +152,16 @@ class RunCheckpoint(ModelCheckpoint):
         over = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
         return trainer.strategy.reduce_boolean_decision(over and trainer.is_global_zero, all=False)
 
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        """As Lightning's, but when rank 0 fails, the others don't wait for it in a barrier."""
+    def _write(self, trainer: pl.Trainer) -> None:
+        """The step's file, then ``last.ckpt``. When rank 0 fails, the others don't wait for it in a barrier."""
+        names = [f"step={trainer.global_step:07d}.ckpt"] if self.keep != 0 else []
+        files = [self._folder / name for name in (*names, "last.ckpt")]
         failure: UserError | None = None
+        self._saves += 1
         try:
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-            trainer.strategy.save_checkpoint(checkpoint, filepath)
+            checkpoint = dump_checkpoint(trainer)
+            for file in files:
+                trainer.strategy.save_checkpoint(checkpoint, file)
         except UserError as error:
             failure = error
         fine = trainer.strategy.reduce_boolean_decision(failure is None, all=True)
@@ -150,19 +169,7 @@ class RunCheckpoint(ModelCheckpoint):
             raise failure
         if not fine:
             raise DataError("another process of this run could not write the checkpoint; its message says why")
-        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(proxy(self))
-
-
-def log_step(trainer: pl.Trainer) -> None:
-    """Write the metrics of the step that just ended to the loggers, which Lightning does only after all callbacks.
-
-    What a checkpoint holds is not trained again: a run that ends between the two would lack them for ever. Lightning
-    writes them once more, the same.
-    """
-    trainer._logger_connector.update_train_step_metrics()
+        self.best_model_path, self.last_model_path = str(files[0]), str(files[-1])
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[Callback]:

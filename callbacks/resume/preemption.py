@@ -1,32 +1,47 @@
-"""Signals that end a run: they are noted, obeyed where a run can be left exactly, and told to SLURM."""
+"""Signals that end a run: they are noted, obeyed where a run can be left exactly, and passed on to SLURM."""
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.resume.checkpoint_files import newest_checkpoint
-from callbacks.resume.checkpointing import RunCheckpoint, callbacks_of, log_step
-from datamodules.step_pool import StepPoolDataModule
+from callbacks.resume.checkpointing import RunCheckpoint, callbacks_of
+from callbacks.resume.slurm import requeue
+from lightning_modules.lightning_internals import (
+    batch_is_open,
+    log_step,
+    replace_signal_handlers,
+    restore_signal_handlers,
+    take_children,
+)
 
-SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
-SCONTROL_SECONDS = 20.0  # for each call: the time until SLURM kills a job is short, and its controller may be busy
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+OF_TERMINALS = (signal.SIGHUP, signal.SIGINT)  # somebody ended the run; the others come from schedulers
+
+
+@runtime_checkable
+class WorksInChunks(Protocol):
+    """A data module that works for minutes within one hook.
+
+    Attributes:
+        between_chunks: What it calls on every rank before each chunk of that work; may raise ``SystemExit``.
+    """
+
+    between_chunks: Callable[[], None]
 
 
 class GivenUp(Exception):
@@ -43,20 +58,21 @@ class GivenUp(Exception):
 
 
 class Preemption(Callback):
-    """Leaves a run that is told to end, with a checkpoint from which it goes on exactly.
+    """Leaves a run that is told to end, with a checkpoint from which it resumes exactly.
 
-    SIGTERM, SIGUSR1 and SIGINT are noted, no more: a signal may hit anywhere, also within an optimizer step or a
-    checkpoint. At the end of every batch of training or validation, before every batch of an evaluation's pictures, and
-    before every chunk of a pool, the ranks agree whether any of them got one. An evaluation is given up then, and made
-    anew when the run goes on (``ExactResume``, ``PolicyEvaluation``). They write one checkpoint, a SLURM job that was
-    not cancelled is requeued (SIGTERM and SIGUSR1), and all processes leave with 128 + the signal's number, which is
-    never 0: a job that was cut short is no finished one.
+    SIGTERM, SIGUSR1, SIGUSR2, SIGINT and SIGHUP are noted, no more: a signal may hit anywhere, also within an optimizer
+    step or a checkpoint. At the end of every batch of training or validation, before every batch of an evaluation's
+    pictures, and before every chunk of a pool, the ranks agree whether any of them got one. An evaluation is given up
+    then, and made again when the run resumes (``ExactResume``, ``PolicyEvaluation``). They write one checkpoint, a
+    SLURM job that was not cancelled is requeued (unless by SIGINT or SIGHUP), and all processes leave with 128 + the
+    signal's number, which is never 0: a job that was cut short is no finished one.
 
     The end of any batch will do: a checkpoint within an accumulation window goes back to the last optimizer step, which
     costs less than to wait for the window's end. Between chunks nothing needs to be saved: ``RunCheckpoint`` has
     saved the end of the pool before, and finished chunks are on the disk.
 
-    A second SIGINT ends the run at once, without saving. Other repeated signals change nothing.
+    A second SIGINT ends the run at once, without saving. Other repeated signals change nothing. A run that was started
+    with SIGHUP ignored (``nohup``) goes on when its terminal is closed.
     """
 
     def __init__(self) -> None:
@@ -65,7 +81,7 @@ class Preemption(Callback):
         self._trained = False
         self._validated, self._common = 0, 0.0  # batches of a validation: done; that every rank has
         self._former: dict[int, Any] = {}
-        self._launcher: Any = None
+        self._trainer: pl.Trainer | None = None
 
     # Handlers
 
@@ -74,25 +90,25 @@ class Preemption(Callback):
             return
         self._received = self._interrupts = 0
         self._trained = False
-        self._launcher = trainer.strategy.launcher
+        self._trainer = trainer
         self._install()
-        # Lightning's own handlers run collectives and save wherever they hit. It would put them in place after the
-        # last hook before the first pool is sampled.
-        trainer._signal_connector.register_signal_handlers = self._install  # type: ignore[method-assign]
+        replace_signal_handlers(trainer, self._install)
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, StepPoolDataModule):
+        if isinstance(data, WorksInChunks):
             data.between_chunks = lambda: self._between_chunks(trainer)
 
     def _install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows handlers there alone
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             former = signal.signal(number, self._note)
             if former != self._note:
                 self._former[number] = former
 
     def _restore(self, trainer: pl.Trainer) -> None:
-        vars(trainer._signal_connector).pop("register_signal_handlers", None)
+        restore_signal_handlers(trainer)
         while self._former:
             signal.signal(*self._former.popitem())
 
@@ -101,7 +117,7 @@ class Preemption(Callback):
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
-                for child in _unwatched_children(self._launcher):
+                for child in [] if self._trainer is None else take_children(self._trainer):
                     child.kill()  # it would wait for this process in its next collective
                 raise SystemExit(128 + number)
 
@@ -116,7 +132,7 @@ class Preemption(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._trained = True  # before that the run stands in the checkpoint that it goes on from, if any
+        self._trained = True  # before that the run is as in the checkpoint that it resumes from, if any
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -181,15 +197,16 @@ class Preemption(Callback):
             UserError: the checkpoint cannot be written.
         """
         if what is not None and trainer.is_global_zero:
-            _tell(f"gave up {what}; it is made anew when the run goes on")
+            _tell(f"gave up {what}; it is made again when the run resumes")
         if saves:
             _save(trainer)
         if trainer.is_global_zero:
             _tell(f"stopped by {signal.Signals(number).name} {_where(trainer)}")
-            if number != signal.SIGINT:
-                requeue()
+            told = requeue() if number not in OF_TERMINALS else None
+            if told is not None:
+                _tell(told)
         # Rank 0 first: SLURM may end a job as soon as one of its processes has left.
-        children = _unwatched_children(self._launcher)
+        children = take_children(trainer)
         trainer.strategy.barrier("preemption")
         for child in children:
             with suppress(subprocess.TimeoutExpired):
@@ -222,8 +239,7 @@ def interruptible(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def _save(trainer: pl.Trainer) -> None:
-    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    if batches.completed < batches.processed:  # at a batch's end; later Lightning has done it
+    if batch_is_open(trainer):  # later Lightning has done it
         log_step(trainer)
     ours = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
     for callback in ours:
@@ -242,58 +258,9 @@ def _where(trainer: pl.Trainer) -> str:
     newest = newest_checkpoint(_folder(trainer))
     if newest is None:
         return "before there was a checkpoint to write; start again with the same command"
-    return f"at step {trainer.global_step}, saved in {newest}; go on with --ckpt_path auto"
-
-
-def _unwatched_children(launcher: Any) -> list[subprocess.Popen[bytes]]:
-    """The ranks that this process has started. Lightning no longer kills it when one of them ends with a code."""
-    if not isinstance(launcher, _SubprocessScriptLauncher):
-        return []
-    children = list(launcher.procs)
-    launcher.procs.clear()
-    return children
+    return f"at step {trainer.global_step}, saved in {newest}; resume with --ckpt_path auto"
 
 
 def _tell(line: str) -> None:
     Tqdm.write(line, file=sys.stderr)  # beside a progress bar, not into it
     sys.stderr.flush()
-
-
-# SLURM
-
-
-def slurm_job() -> str | None:
-    """This process's SLURM job as ``scontrol`` names it, or None outside SLURM."""
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    if task is not None and "SLURM_ARRAY_JOB_ID" in os.environ:
-        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
-    return os.environ.get("SLURM_JOB_ID")
-
-
-def requeue() -> None:
-    """Give this SLURM job back to the queue, unless it was cancelled; tells what came of it."""
-    job = slurm_job()
-    if job is None:
-        return None
-    # scancel, too, sends SIGTERM, and SLURM would requeue even a cancelled job. Until its processes have left it is
-    # COMPLETING, as is a job that SLURM has preempted and requeued itself, and one that had no warning of its time
-    # limit. A job within its time to leave is RUNNING.
-    answer = _scontrol("show", "job", "--oneliner", job)
-    state = re.search(r"\bJobState=(COMPLETING|CANCELLED)\b(?! Reason=TimeLimit)", answer.stdout)
-    if state is not None:
-        return _tell(f"SLURM job {job} was cancelled or preempted ({state[1]}): not requeued by this run")
-    answer = _scontrol("requeue", job)
-    if answer.returncode == 0:
-        return _tell(f"requeued SLURM job {job}")
-    reason = " ".join((answer.stderr or answer.stdout).split()) or f"scontrol ended with {answer.returncode}"
-    return _tell(f"could not requeue SLURM job {job}: {reason}; submit it again with --ckpt_path auto")
-
-
-def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
-    command = ["scontrol", *words]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=SCONTROL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"no answer in {SCONTROL_SECONDS:.0f} seconds")
-    except OSError as error:
-        return subprocess.CompletedProcess(command, 1, "", str(error))

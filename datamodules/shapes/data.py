@@ -14,6 +14,7 @@ from torch import Tensor
 from datamodules.shapes.drawing import draw_imperfect, prompt_splits, random_numbers, random_prompts
 from lightning_modules.batches import PreferencePairs
 from lightning_modules.errors import ConfigError
+from lightning_modules.lightning_internals import batches_trained
 from lightning_modules.randomness import generator
 from lightning_modules.shapes.reward import ShapesReward
 from lightning_modules.shapes.world import SIDE, Scene
@@ -141,7 +142,7 @@ class ShapesDataModule(L.LightningDataModule):
         rank, world = trainer.global_rank, trainer.world_size
         return _Epoch(
             self.batches_per_epoch,
-            lambda: trainer.fit_loop.epoch_loop.batch_progress.total.processed,  # type: ignore[attr-defined]
+            lambda: batches_trained(trainer),
             lambda m: self.train_batch(m, rank, world),
         )
 

@@ -161,7 +161,7 @@ def identity(batch: Any) -> Any:
     return batch
 
 
-IGNORED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+IGNORED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 def ignore_signals(worker: int) -> None:

@@ -23,7 +23,7 @@ def run_command(main: Callable[[], Any]) -> None:
     of ``callbacks.resume.preemption``, which save first. A signal that whoever starts this has ignored stays ignored
     until then: under SLURM a job that leaves before it can put itself back into the queue counts as failed.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _leave)
     try:

@@ -17,7 +17,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.loss_guard import LossGuard
-from callbacks.resume.checkpoint_files import AtomicCheckpointIO, damage, newest_checkpoint, newest_whole_checkpoint
+from callbacks.resume.checkpoint_files import (
+    AtomicCheckpointIO,
+    damage_reason,
+    newest_checkpoint,
+    newest_intact_checkpoint,
+)
 from callbacks.resume.checkpointing import RunCheckpoint
 from callbacks.resume.due_evaluations import PolicyEvaluation
 from callbacks.resume.exact_resume import ExactResume
@@ -27,6 +32,7 @@ from datamodules.stream.cursor import CursorDataModule
 from experiments.cli.compose import JOBS, CommandLine, packaged_configs, settings
 from experiments.cli.explain import explain
 from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.lightning_internals import configured_trainer
 from lightning_modules.weights.sharding import FullyShardedStrategy
 
 
@@ -135,7 +141,7 @@ class ExperimentCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The configured trainer, with this framework's logger, checkpoints and plugins where none are named."""
-        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        config = {**self.config_init.get("trainer", {}), **kwargs}
         _check_strategy(config["strategy"])
         if config["logger"] in (None, True):
             config["logger"] = TensorBoardLogger(self.run_dir, name="", version="")
@@ -159,7 +165,7 @@ class ExperimentCLI(LightningCLI):
             # It says which rank reads what, from the run's position, which Lightning's samplers don't know.
             config["use_distributed_sampler"] = False
         try:
-            return self._instantiate_trainer(config, [self._get(self.config_init, "pictures")])
+            return configured_trainer(self, config, [self.config_init.get("pictures")])
         except MisconfigurationException as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -206,7 +212,7 @@ class ExperimentCLI(LightningCLI):
             return None
         if not Path(asked).is_file():
             raise ConfigError(f"checkpoint {asked} does not exist; give a file, or 'last' for the newest in {folder}")
-        reason = damage(Path(asked))
+        reason = damage_reason(Path(asked))
         if reason is not None:
             raise ConfigError(f"checkpoint {asked} {reason}; give another, or 'last' for the newest in {folder}")
         return Path(asked)
@@ -217,7 +223,7 @@ class ExperimentCLI(LightningCLI):
         Raises:
             ConfigError: all are damaged. Starting anew would not be what was asked for.
         """
-        found = newest_whole_checkpoint(folder)
+        found = newest_intact_checkpoint(folder)
         if not found.damaged:
             return found.checkpoint
         told = ", ".join(f"{file} {reason}" for file, reason in found.damaged.items())

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lightning_modules.errors import ConfigError
+from lightning_modules.lightning_internals import shard_over_all_processes
 
 
 @runtime_checkable
@@ -131,7 +132,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        shard_over_all_processes(self)
         super().setup_environment()
 
     # One whole checkpoint, restored before anything is sharded: as strategies do that shard nothing.
@@ -170,8 +171,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
                     f"trainer.strategy fsdp2: it shares out the denoiser, and {name} trains too; train the denoiser "
                     "alone, or use ddp"
                 )
-        # A network that is first asked in a validation would keep inference tensors, which cannot be trained with.
-        trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
 
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         try:
