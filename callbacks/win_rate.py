@@ -16,7 +16,7 @@ from callbacks.resume.due_evaluations import PolicyEvaluation
 from callbacks.resume.preemption import interruptible
 from datamodules.prompts import prompt_texts
 from lightning_modules.errors import ConfigError
-from lightning_modules.rewards.base import RewardModel
+from lightning_modules.rewards.function import Reward, as_reward_model
 from lightning_modules.sampling.pictures import Sampler
 
 
@@ -33,7 +33,7 @@ class WinRate(PolicyEvaluation):
 
     Args:
         prompts: validation prompts: texts, or a prompt file.
-        rewards: the judges.
+        rewards: the judges: reward models, or functions f(images, prompts) by their dotted names.
         test_prompts: prompts of the ``test`` job, which nothing may be tuned on.
         sampler: how the pictures are made.
         every_n_steps: optimizer steps between evaluations; None evaluates with every validation.
@@ -46,7 +46,7 @@ class WinRate(PolicyEvaluation):
     def __init__(
         self,
         prompts: list[str] | str,
-        rewards: list[RewardModel],
+        rewards: list[Reward],
         test_prompts: list[str] | str | None = None,
         sampler: Sampler = Sampler(),  # noqa: B008  # frozen
         every_n_steps: int | None = None,
@@ -57,9 +57,10 @@ class WinRate(PolicyEvaluation):
     ) -> None:
         super().__init__()
         self.every_n_steps = every_n_steps
+        judges = [as_reward_model(reward) for reward in rewards]
 
         def protocol(texts: list[str]) -> Protocol:
-            return Protocol(texts, rewards, sampler, images_per_prompt, image_size, seed, batch_size)
+            return Protocol(texts, judges, sampler, images_per_prompt, image_size, seed, batch_size)
 
         self.validation = protocol(prompt_texts(prompts))
         self.test = None if test_prompts is None else protocol(prompt_texts(test_prompts))
@@ -86,7 +87,7 @@ class WinRate(PolicyEvaluation):
         protocol = self.test if split == "test" and self.test is not None else self.validation
         with interruptible(trainer), evaluation_mode(module):
             for reward in protocol.rewards:
-                reward.to(module.device).eval()
+                reward.to(module.device)
             policy = score_pictures(trainer, module, protocol, module.policy.predict_noise, "policy")
             reference = reference_scores(trainer, module, protocol)
         step = policy_step(trainer)

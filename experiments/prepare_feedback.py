@@ -35,6 +35,7 @@ from lightning_modules.files import atomic_file, clear_unfinished
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.randomness import derive_seed
 from lightning_modules.rewards.base import RewardModel
+from lightning_modules.rewards.function import Reward, as_reward_model
 from lightning_modules.sampling.eight_bit import eight_bit
 from lightning_modules.sampling.pictures import Sampler, initial_noise
 from lightning_modules.terminal import literal
@@ -79,7 +80,7 @@ def prepare(settings: Namespace) -> None:
         raise ConfigError("want --pairs of at least 1, --candidates of at least 2 and --batch_size of at least 1")
     prompts, folder = prompt_texts(settings.prompts), Path(settings.output)
     policy = load_policy(settings.config)
-    reward = settings.reward.to(policy.device).eval()
+    reward = as_reward_model(settings.reward).to(policy.device)
     job = {"config": settings.config, "seed": settings.seed, "pairs": settings.pairs, "tie": settings.tie,
            "candidates": settings.candidates, "prompts": derive_seed(*prompts), "sampler": repr(settings.sampler),
            "reward": type(reward).__name__, "reward's weights": fingerprint(reward, frozen_in_full=True),
@@ -137,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tie", type=float, default=0.0, help="scores closer than this make a tie")
     parser.add_argument("--batch_size", type=int, default=16, help="pairs drawn at a time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_subclass_arguments(RewardModel, "reward", required=True)
+    parser.add_argument(
+        "--reward", type=Reward, required=True, help="reward model, or function f(images, prompts) by its dotted name"
+    )
     parser.add_class_arguments(Sampler, "sampler")
     prepare(parser.instantiate(parser.parse_args(words)))
 

@@ -15,8 +15,9 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.learning_rates import ConstantWithWarmup
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.preference_loss import agreement, labels_from_scores, of_all_ranks, preference_loss
+from lightning_modules.preference_views import DecodedPrediction, View
 from lightning_modules.randomness import randint, randn
-from lightning_modules.rewards.base import RewardModel
+from lightning_modules.rewards.function import Reward, as_reward_model
 from lightning_modules.rewards.step_aware import StepAwarePreferenceModel
 from lightning_modules.training import TrainingModule
 
@@ -42,12 +43,12 @@ class RewardLabels(LabelSource):
     """A reward model's, whatever the data set says: the recipe of SPO's SDXL model, with PickScore.
 
     Attributes:
-        reward: scores the clean pictures.
+        reward: scores the clean pictures: a reward model, or a function f(images, prompts) by its dotted name.
         threshold: a pair is a tie unless softmax([score, score]) differs by more than this, in [0, 1].
         scale: multiplies the scores before the softmax; it has to fit the reward's units (1 for PickScore's logits).
     """
 
-    reward: RewardModel
+    reward: Reward
     threshold: float = 0.1
     scale: float = 1.0
 
@@ -56,20 +57,20 @@ class RewardLabels(LabelSource):
             raise ConfigError(
                 f"RewardLabels wants threshold in [0, 1) and scale above 0, got {self.threshold} and {self.scale}"
             )
+        as_reward_model(self.reward)
 
-    @torch.no_grad()
     def __call__(self, batch: PreferencePairs) -> Float[Tensor, " b"]:
-        self.reward.to(batch.chosen.device)  # no part of the module: it must be in no checkpoint
-        scores = [self.reward.score(pictures / 2 + 0.5, batch.prompts) for pictures in (batch.chosen, batch.rejected)]
+        reward = as_reward_model(self.reward).to(batch.chosen.device)  # no part of the module: it is in no checkpoint
+        scores = [reward.score(pictures / 2 + 0.5, batch.prompts) for pictures in (batch.chosen, batch.rejected)]
         return labels_from_scores(self.scale * scores[0], self.scale * scores[1], self.threshold)
 
 
 class StepAwarePreferenceModule(TrainingModule):
     """Trains ``preference`` on the x0-predictions of a frozen policy (arXiv 2406.04314, section 3.2).
 
-    Both pictures of a pair are noised with the same noise to the same timestep, uniform over all; the policy denoises
-    them in one guided pass; the preference model sees the decoded x0-predictions, t and the prompt, and learns the
-    label with ``preference_loss`` over the pairs of all ranks. All draws are keyed by ``seed`` and the pair's index.
+    Both pictures of a pair are noised with the same noise to the same timestep, uniform over all; the preference
+    model sees what ``sees`` makes of them, t and the prompt, and learns the label with ``preference_loss`` over the
+    pairs of all ranks. All draws are keyed by ``seed`` and the pair's index.
 
     Logged: ``loss``, ``accuracy`` (ties of the labels are left out), ``margin`` (chosen score less rejected score) and
     ``tie_fraction``; in validation also ``accuracy/t0``, ..., and ``accuracy`` is their mean: stop when it falls.
@@ -79,12 +80,13 @@ class StepAwarePreferenceModule(TrainingModule):
         preference: the model under training.
         labels: who says which picture is preferred.
         optimizer: made over all of the preference model's parameters.
-        lr_scheduler: stepped once an optimiser step.
+        lr_scheduler: stepped once per optimizer step.
         guidance_scale: of the policy's pass.
         in_batch_negatives: see ``preference_loss``.
         validation_timesteps: where accuracy is measured; the same noise for all of them.
         vae_batch_size: pictures that go through the VAE at a time, to bound its memory.
         seed: the run's seed; the YAMLs set it to ``${seed_everything}``.
+        sees: what of the noised pictures the preference model judges.
 
     Raises:
         ConfigError: timesteps that the policy's schedule does not have; a preference model that is not in fp32.
@@ -102,6 +104,7 @@ class StepAwarePreferenceModule(TrainingModule):
         validation_timesteps: tuple[int, ...] = (0, 251, 501, 701, 951),
         vae_batch_size: int = 8,
         seed: int = 0,
+        sees: View = DecodedPrediction(),  # noqa: B008  # frozen
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed)
         total = policy.schedule.num_timesteps
@@ -113,7 +116,8 @@ class StepAwarePreferenceModule(TrainingModule):
             )
         self.policy = policy.requires_grad_(False)
         self.preference = preference.requires_grad_(True)
-        self.labels, self.in_batch_negatives, self.guidance_scale = labels, in_batch_negatives, guidance_scale
+        self.labels, self.sees, self.guidance_scale = labels, sees, guidance_scale
+        self.in_batch_negatives = in_batch_negatives
         self.validation_timesteps, self.vae_batch_size = validation_timesteps, vae_batch_size
         self.train()
 
@@ -127,9 +131,9 @@ class StepAwarePreferenceModule(TrainingModule):
     def training_step(self, batch: PreferencePairs, batch_idx: int) -> Tensor:
         latents, noise = self._latents(batch, "train")
         timesteps = randint(self.policy.schedule.num_timesteps, self._generators(batch, "timestep"), self.device)
-        images = self.clean_predictions(latents, noise, timesteps, self._conditioning(batch))
+        seen = self.view(latents, noise, timesteps, self._conditioning(batch))
         labels, text = self.labels(batch), self.preference.encode_text(batch.prompts)
-        loss, metrics = self._judge(images, text, timesteps, labels, batch.weights)
+        loss, metrics = self._judge(seen, text, timesteps, labels, batch.weights)
         self._means["train"].add({"loss": loss.detach()} | metrics, len(batch))
         return loss
 
@@ -140,8 +144,8 @@ class StepAwarePreferenceModule(TrainingModule):
         found = []
         for t in self.validation_timesteps:
             timesteps = torch.full((len(batch),), t, device=self.device)
-            images = self.clean_predictions(latents, noise, timesteps, cond)
-            loss, metrics = self._judge(images, text, timesteps, labels, batch.weights)
+            seen = self.view(latents, noise, timesteps, cond)
+            loss, metrics = self._judge(seen, text, timesteps, labels, batch.weights)
             self._means["val"].add({f"accuracy/t{t}": metrics["accuracy"]}, len(batch))
             found.append({"loss": loss} | metrics)
         means = {name: torch.stack([metrics[name] for metrics in found]).mean() for name in found[0]}
@@ -150,26 +154,27 @@ class StepAwarePreferenceModule(TrainingModule):
     # Pictures
 
     @torch.no_grad()
-    def clean_predictions(
+    def view(
         self,
         latents: Float[Tensor, "n c h w"],
         noise: Float[Tensor, "n c h w"],
         timesteps: Int[Tensor, " b"],
         cond: Conditioning,
-    ) -> Float[Tensor, "n 3 H W"]:
-        """What the policy expects behind the noise: decoded x0-predictions in [0, 1].
+    ) -> Float[Tensor, "n ..."]:
+        """What the preference model sees of the pictures, each noised to its pair's timestep.
 
         Args:
             latents: clean; b chosen pictures, then b rejected ones.
             noise: likewise; both pictures of a pair have the same.
-            timesteps: one a pair.
-            cond: one row a picture.
+            timesteps: one per pair.
+            cond: one row per picture.
         """
-        schedule, steps = self.policy.schedule, timesteps.repeat(2)
-        noisy = schedule.add_noise(latents, noise, steps)
-        output = self.policy.predict_noise(DenoiserQuery(noisy, steps, cond, self.guidance_scale))
-        clean, _ = schedule.predict_clean(output, noisy, steps)
-        return torch.cat([self.policy.decode(chunk) for chunk in clean.split(self.vae_batch_size)])
+        steps = timesteps.repeat(2)
+        noisy = self.policy.schedule.add_noise(latents, noise, steps)
+        return self.sees(self.policy, DenoiserQuery(noisy, steps, cond, self.guidance_scale), self._decode)
+
+    def _decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
+        return torch.cat([self.policy.decode(chunk) for chunk in latents.split(self.vae_batch_size)])
 
     @torch.no_grad()
     def _latents(self, batch: PreferencePairs, purpose: str) -> tuple[Tensor, Tensor]:
@@ -184,7 +189,7 @@ class StepAwarePreferenceModule(TrainingModule):
 
     @torch.no_grad()
     def _conditioning(self, batch: PreferencePairs) -> Conditioning:
-        """One row a picture, each with its own micro-conditioning."""
+        """One row per picture, each with its own micro-conditioning."""
         cond = self.policy.encode_prompts(batch.prompts)
         ids = (batch.chosen_time_ids, batch.rejected_time_ids)
         return Conditioning.cat([cond.with_time_ids(own) for own in ids])
@@ -193,14 +198,14 @@ class StepAwarePreferenceModule(TrainingModule):
 
     def _judge(
         self,
-        images: Float[Tensor, "n 3 H W"],
+        seen: Float[Tensor, "n ..."],
         text: Float[Tensor, "b d"],
         timesteps: Int[Tensor, " b"],
         labels: Float[Tensor, " b"],
         weights: Float[Tensor, " b"] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss over the pairs of all ranks, and metrics over this rank's."""
-        chosen, rejected = self.preference.encode_images(images, timesteps.repeat(2)).chunk(2)
+        chosen, rejected = self.preference.encode_images(seen, timesteps.repeat(2)).chunk(2)
         scale = self.preference.logit_scale
         weights = torch.ones_like(labels) if weights is None else weights
         with torch.autocast(self.device.type, enabled=False):

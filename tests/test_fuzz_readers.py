@@ -40,7 +40,7 @@ from datamodules.shards.writer import write_shard
 from datamodules.stream.loading import FaultTolerantDataset, PairLoader, identity
 from lightning_modules.batches import StepPairs
 from lightning_modules.errors import UserError
-from lightning_modules.rewards.step_aware import _read_weights
+from lightning_modules.rewards.step_aware_files import _read_weights
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 

@@ -118,7 +118,7 @@ def test_noised_denoised_and_decoded_pictures_equal_the_official_ones(golden, pi
 
     seen = []
     handle = module.policy.unet.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output.sample)))
-    images = module.clean_predictions(latents, noise, known["timesteps"], cond)
+    images = module.view(latents, noise, known["timesteps"], cond)
     handle.remove()
     [(noisy, raw)] = seen  # one pass for both pictures and both branches of guidance
     torch.testing.assert_close(noisy[:10], both("noisy_latent"), **TIGHT)

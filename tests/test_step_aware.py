@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from lightning_modules.errors import ConfigError
 from lightning_modules.rewards import PickScore, StepAwarePreferenceModel
 from lightning_modules.rewards.clip import text_embeds
-from lightning_modules.rewards.step_aware import modulated_layer
+from lightning_modules.rewards.time_conditioning import modulated_layer
 
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -7,6 +7,7 @@ import inspect
 import re
 import typing
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from experiments.cli.compose import known_classes, nearest
 
@@ -17,14 +18,18 @@ _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _UNKNOWN_OPTION = re.compile(r"Option '([^']+)' is not accepted|unrecognized arguments: -*([^\s=]+)")
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _WRONG_TYPE = re.compile(r"Expected an? (?:<class '([\w.]+)'>|(\w+))[^\n]*?\. Got value: (.+)")
+_WRONG_CHOICE = re.compile(r"Expected a typing\.Literal\[(.+)\]\. Got value: (.+)")
+_NO_FUNCTION = re.compile(r"expects a function or a callable class: (.+)\n[\s\S]*?Given value: (.+)")
 
 
 def explain(message: str, options: Iterable[str]) -> str:
     """Args: the parser's message, and the names of its own options (``trainer.max_steps``, ...)."""
     for pattern, tell in (
         (_UNKNOWN_OPTION, _unknown_option),
+        (_WRONG_CHOICE, _wrong_choice),
         (_UNKNOWN_CLASS, _unknown_class),
         (_WRONG_TYPE, _wrong_type),
+        (_NO_FUNCTION, _no_function),
     ):
         found = pattern.search(message)
         if found:
@@ -67,6 +72,15 @@ def _wrong_type(key: str, owner: str | None, found: re.Match[str], options: list
     return f"{key} wants a value of type {wanted.split('.')[-1]}, got {found.group(3).strip()!r}"
 
 
+def _wrong_choice(key: str, owner: str | None, found: re.Match[str], options: list[str]) -> str:
+    return f"{key} wants one of {found.group(1)}, got {found.group(2).strip()!r}"
+
+
+def _no_function(key: str, owner: str | None, found: re.Match[str], options: list[str]) -> str:
+    reason, given = found.groups()
+    return f"{key}: {given.strip()!r} is neither a class nor a function that fits here ({reason})"
+
+
 def _load(path: str) -> type:
     module, _, name = path.rpartition(".")
     loaded: type = getattr(importlib.import_module(module), name)
@@ -78,10 +92,14 @@ def _expected_base(owner: str | None, parameter: str) -> type | None:
     if owner is None:
         return None
     hint = typing.get_type_hints(inspect.getattr_static(_load(owner), "__init__")).get(parameter)
-    for candidate in (hint, *typing.get_args(hint)):
-        if inspect.isclass(candidate) and candidate is not type(None):
-            return candidate
-    return None
+    return _first_class(hint)
+
+
+def _first_class(hint: Any) -> type | None:
+    parts = typing.get_args(hint)
+    if inspect.isclass(hint) and not parts and hint is not type(None):
+        return hint
+    return next((found for part in parts if (found := _first_class(part)) is not None), None)
 
 
 def _subclasses(base: type) -> Iterator[type]:

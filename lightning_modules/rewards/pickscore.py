@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPModel
@@ -46,20 +45,12 @@ class PickScore(RewardModel):
         self.model: Any = source.load(partial(CLIPModel.from_pretrained, dtype=DTYPES[dtype]))
         self.tokenizer: Any = processor_source.load(read_tokenizer, kind="tokenizer")
         self.preprocess = ClipPreprocessing.load(processor_source)
-        self.requires_grad_(False)
-        self.eval()
 
-    def train(self, mode: bool = True) -> PickScore:
-        """Stays in eval mode, whatever module it is part of."""
-        return super().train(False)
-
-    @torch.no_grad()
     def score(self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " n"]:
-        if len(images) != len(prompts):
-            raise ValueError(f"PickScore: {len(images)} pictures and {len(prompts)} prompts")
-        ids, mask = tokenize(self.tokenizer, prompts)
-        with torch.autocast(images.device.type, enabled=False):
-            pictures = image_embeds(self.model, self.preprocess(images))
-            texts = text_embeds(self.model, ids.to(images.device), mask.to(images.device))
-        cosine = (pictures * texts).sum(dim=-1)
+        pictures = image_embeds(self.model, self.preprocess(images))
+        cosine = (pictures * self.remembered(prompts, self._encode_text)).sum(dim=-1)
         return cosine * self.model.logit_scale.float().exp() if self.scale == "logit" else cosine
+
+    def _encode_text(self, prompt: str) -> Float[Tensor, " d"]:
+        ids, mask = (tensor.to(self.model.logit_scale.device) for tensor in tokenize(self.tokenizer, [prompt]))
+        return text_embeds(self.model, ids, mask)[0]

@@ -2,85 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
+from torch import Tensor
 
-from lightning_modules.errors import ConfigError
-from lightning_modules.files import atomic_folder
 from lightning_modules.rewards.base import RewardModel, StepRewardModel
 from lightning_modules.rewards.clip import ClipPreprocessing, read_tokenizer, text_embeds, tokenize
-from lightning_modules.weights.audit import UNREADABLE, mismatch
+from lightning_modules.rewards.step_aware_files import load_clip, save_folder
+from lightning_modules.rewards.time_conditioning import time_conditioned_embeds
 from lightning_modules.weights.pretrained import DTYPES, Pretrained
-
-FREQUENCIES = 256  # numbers a timestep becomes before the MLP; the published models' size
-
-
-class TimeEmbedder(nn.Module):
-    """Timesteps to vectors: cosines and sines of 128 frequencies from 1 to 1/10000, then an MLP (DiT's embedder,
-    arXiv 2212.09748)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        layers = nn.Linear(FREQUENCIES, width), nn.Linear(width, width)
-        for layer in layers:
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        self.mlp = nn.Sequential(layers[0], nn.SiLU(), layers[1])
-
-    def forward(self, timesteps: Int[Tensor, " n"]) -> Float[Tensor, "n width"]:
-        half = FREQUENCIES // 2
-        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(next(self.parameters()).dtype))
-
-
-def add_time_conditioning(clip: Any) -> None:
-    """Give a ``CLIPModel``'s vision tower its time conditioning, such that it still computes what it did.
-
-    Every layer and the last norm get a linear map from the time embedding to shifts, scales and gates (adaLN); its
-    weights are 0 and its biases are what changes nothing: 1 for gates, 0 for the others. The modules are named as in
-    the published checkpoints.
-    """
-    vision, width = clip.vision_model, clip.config.vision_config.hidden_size
-    clip.t_embedder = TimeEmbedder(width)
-    vision.adaLN_modulation = _modulation(width, 2)
-    for layer in vision.encoder.layers:
-        layer.adaLN_modulation = _modulation(width, 6)
-        biases = layer.adaLN_modulation[1].bias.data.view(6, width)
-        biases[2] = biases[5] = 1.0
-
-
-def _modulation(width: int, parts: int) -> nn.Sequential:
-    linear = nn.Linear(width, parts * width)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.SiLU(), linear)
-
-
-def modulated_layer(
-    layer: Any, hidden: Float[Tensor, "n l width"], time: Float[Tensor, "n width"]
-) -> Float[Tensor, "n l width"]:
-    """One transformer layer of CLIP with adaLN: x + gate f(norm(x) (1 + scale) + shift), for attention, then MLP."""
-    modulation = layer.adaLN_modulation(time)[:, None].chunk(6, dim=-1)
-    attention_shift, attention_scale, attention_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-    attended, _ = layer.self_attn(
-        hidden_states=layer.layer_norm1(hidden) * (1 + attention_scale) + attention_shift, attention_mask=None
-    )
-    hidden = hidden + attention_gate * attended
-    return hidden + mlp_gate * layer.mlp(layer.layer_norm2(hidden) * (1 + mlp_scale) + mlp_shift)
 
 
 class StepAwarePreferenceModel(StepRewardModel, RewardModel):
@@ -114,22 +49,9 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel):
         super().__init__()
         source = Pretrained.find(pretrained)
         processor_source = source if processor is None else Pretrained.find(processor)
-        weights = _own_weights(source) if checkpoint is None else _find_checkpoint(checkpoint)
-        self.model: Any = _plain_clip(source) if weights is None else _time_conditioned_clip(source, weights)
-        self.model.to(DTYPES[dtype])
+        self.model: Any = load_clip(source, checkpoint).to(DTYPES[dtype])
         self.tokenizer: Any = processor_source.load(read_tokenizer, kind="tokenizer")
         self.processing = ClipPreprocessing.load(processor_source)
-        self._remembered: dict[str, Tensor] = {}
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> StepAwarePreferenceModel:
-        """Stays in eval mode, also under training: a score may not depend on dropout."""
-        return super().train(False)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> StepAwarePreferenceModel:
-        self._remembered.clear()  # another device or number type
-        return super()._apply(*args, **kwargs)
 
     # Features
 
@@ -160,14 +82,7 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel):
         self, pixels: Float[Tensor, "n 3 crop crop"], timesteps: Int[Tensor, " n"]
     ) -> Float[Tensor, "n d"]:
         """As ``encode_images``, for pictures that went through ``preprocess``."""
-        vision = self.model.vision_model
-        time = self.model.t_embedder(timesteps)
-        hidden = vision.pre_layrnorm(vision.embeddings(pixels))
-        for layer in vision.encoder.layers:
-            hidden = modulated_layer(layer, hidden, time)
-        shift, scale = vision.adaLN_modulation(time).chunk(2, dim=-1)
-        pooled = vision.post_layernorm(hidden[:, 0]) * (1 + scale) + shift
-        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+        return time_conditioned_embeds(self.model, pixels, timesteps)
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
@@ -176,38 +91,23 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel):
 
     # Scores
 
-    @torch.no_grad()
     def score(
         self,
         images: Float[Tensor, "n 3 h w"],
         prompts: Sequence[str],
         timesteps: Int[Tensor, " n"] | None = None,
     ) -> Float[Tensor, " n"]:
-        """One score a picture, fp32, whatever autocast says.
+        """One score per picture, fp32.
 
         Args:
             images: x0-predictions, or finished pictures, in [0, 1].
-            prompts: one a picture; each text is encoded once as long as the model is frozen.
+            prompts: one per picture; each text is encoded once as long as no weight changes.
             timesteps: t of each prediction; None means finished pictures, t = 0.
         """
-        if len(images) != len(prompts):
-            raise ValueError(f"step-aware preference model: {len(images)} pictures and {len(prompts)} prompts")
         if timesteps is None:
             timesteps = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        with torch.autocast(images.device.type, enabled=False):
-            cosine = (self.encode_images(images, timesteps) * self._remember(prompts)).sum(dim=-1)
-            return self.logit_scale * cosine
-
-    def _remember(self, prompts: Sequence[str]) -> Float[Tensor, "n d"]:
-        if self.model.logit_scale.requires_grad:
-            self._remembered.clear()  # weights that change between two calls
-        for prompt in dict.fromkeys(prompts):
-            # One by one: padded together with others its last bits would depend on its company.
-            if prompt not in self._remembered:
-                self._remembered[prompt] = self.encode_text([prompt])[0]
-        return torch.stack([self._remembered[prompt] for prompt in prompts])
-
-    # Storage
+        texts = self.remembered(prompts, lambda text: self.encode_text([text])[0])
+        return self.logit_scale * (self.encode_images(images, timesteps) * texts).sum(dim=-1)
 
     def save_pretrained(self, folder: Path, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -> None:
         """Write weights, configuration, tokenizer and image processor into one folder, whole or not at all.
@@ -215,95 +115,4 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel):
         It is read by ``StepAwarePreferenceModel(pretrained=folder, processor=None)``; the weights are named as in
         the published checkpoints without their ``model.``.
         """
-        with atomic_folder(Path(folder)) as new:
-            weights = self.model.state_dict()
-            save_file(
-                {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in weights.items()},
-                new / "model.safetensors",
-            )
-            self.model.config.save_pretrained(new)
-            self.tokenizer.save_pretrained(new)
-            self.processing.as_processor().save_pretrained(new)
-
-
-def _plain_clip(source: Pretrained) -> Any:
-    clip: Any = source.load(partial(CLIPModel.from_pretrained, dtype=torch.float32))
-    add_time_conditioning(clip)
-    return clip
-
-
-def _time_conditioned_clip(source: Pretrained, file: Path) -> Any:
-    clip: Any = CLIPModel(source.load(_read_config))
-    add_time_conditioning(clip)
-    found = _read_weights(file)
-    if all(name.startswith("model.") for name in found):
-        found = {name.removeprefix("model."): value for name, value in found.items()}
-    # Buffers that older versions of transformers stored: 0, 1, 2, ...
-    found = {name: value for name, value in found.items() if not name.endswith(".position_ids")}
-    difference = mismatch(clip.state_dict(), found)
-    if difference is not None:
-        raise ConfigError(
-            f"step-aware preference model: {file} does not fit the CLIP model {source.name!r}: {difference}; "
-            "give `pretrained` the model that it was trained from, or another checkpoint"
-        )
-    clip.load_state_dict(found)
-    return clip
-
-
-def _read_config(location: str, **options: Any) -> CLIPConfig:
-    return CLIPConfig.from_pretrained(location, **options)
-
-
-def _own_weights(source: Pretrained) -> Path | None:
-    """The weights' file of a folder that ``save_pretrained`` wrote; None for a plain CLIP model."""
-    file = Path(source.location) / source.subfolder / "model.safetensors"
-    if not source.local or not file.is_file():
-        return None
-    try:
-        with safe_open(file, "pt") as weights:
-            return file if "t_embedder.mlp.0.weight" in weights.keys() else None  # noqa: SIM118  # no iterator
-    except UNREADABLE as error:
-        raise _damaged(file, error) from error
-
-
-def _find_checkpoint(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    try:
-        source = Pretrained.find(str(path.parent))
-    except ConfigError:
-        source = None
-    if source is None or source.local or path.suffix not in (".bin", ".safetensors"):
-        raise ConfigError(
-            f"step-aware preference model: no checkpoint {name!r}; give a .bin or .safetensors file, or a file on the "
-            "hub as organisation/name/file"
-        )
-
-    def fetch(location: str, local_files_only: bool, **options: Any) -> str:
-        return hf_hub_download(location, path.name, **options)
-
-    return Path(source.load(fetch))
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise _damaged(file, error) from error
-    if not isinstance(weights, dict) or not all(_is_plain(*item) for item in weights.items()):
-        raise _damaged(file, "it holds no state dict")
-    return weights
-
-
-def _is_plain(name: object, value: object) -> bool:
-    if not isinstance(name, str) or not isinstance(value, Tensor):
-        return False
-    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-
-
-def _damaged(file: Path, reason: object) -> ConfigError:
-    said = " ".join(str(reason).split())[:200]
-    return ConfigError(f"step-aware preference model: {file} cannot be read; download it again. ({said})")
+        save_folder(Path(folder), self.model, self.tokenizer, self.processing, DTYPES[dtype])

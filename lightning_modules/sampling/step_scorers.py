@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from lightning_modules.rewards.base import RewardModel, StepRewardModel
+from lightning_modules.rewards.base import StepRewardModel
+from lightning_modules.rewards.function import Reward, as_reward_model
 
 Decode = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n 3 H W"]]
 
@@ -79,23 +80,23 @@ class StepAwareScorer(StepScorer):
 
     def __init__(self, model: StepRewardModel) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model = model
 
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
         return self.model.score(candidates.images, candidates.prompts, candidates.timesteps)
 
 
 class RewardScorer(StepScorer):
-    """Any reward model on the decoded x0-prediction, as if it were a finished picture.
+    """Any reward on the decoded x0-prediction, as if it were a finished picture.
 
     Args:
-        reward: judges pictures.
+        reward: judges pictures: a reward model, or a function f(images, prompts) by its dotted name.
         scale: multiplies its scores. The sampler's threshold is on a softmax, so it has to fit the reward's units.
     """
 
-    def __init__(self, reward: RewardModel, scale: float = 1.0) -> None:
+    def __init__(self, reward: Reward, scale: float = 1.0) -> None:
         super().__init__()
-        self.reward, self.scale = reward.requires_grad_(False).eval(), scale
+        self.reward, self.scale = as_reward_model(reward), scale
 
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
         return self.scale * self.reward.score(candidates.images, candidates.prompts)

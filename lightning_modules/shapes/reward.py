@@ -73,7 +73,6 @@ class ShapesReward(RewardModel):
         parts = self.parts(images, prompts)
         return parts["correctness"] * parts["look"]
 
-    @torch.no_grad()
     def parts(self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]) -> dict[str, Float[Tensor, " n"]]:
         if tuple(images.shape[1:]) != (3, SIDE, SIDE):
             raise DataError(

@@ -1,0 +1,132 @@
+"""Files of step-aware preference models: the published checkpoints, and folders of our own."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+
+from lightning_modules.errors import ConfigError
+from lightning_modules.files import atomic_folder
+from lightning_modules.rewards.clip import ClipPreprocessing
+from lightning_modules.rewards.time_conditioning import add_time_conditioning
+from lightning_modules.weights.audit import UNREADABLE, mismatch
+from lightning_modules.weights.pretrained import Pretrained
+
+
+def load_clip(source: Pretrained, checkpoint: str | None) -> Any:
+    """A time-conditioned ``CLIPModel`` in fp32, or in the number type of its file.
+
+    Args:
+        source: a plain CLIP model, which it then still computes, or a folder of our own. With ``checkpoint`` only its
+            configuration is read.
+        checkpoint: file, or ``organisation/name/file`` on the hub.
+
+    Raises:
+        ConfigError: missing or damaged weights, or weights of a model of another size.
+    """
+    weights = _own_weights(source) if checkpoint is None else _find_checkpoint(checkpoint)
+    return _plain_clip(source) if weights is None else _time_conditioned_clip(source, weights)
+
+
+def save_folder(folder: Path, clip: Any, tokenizer: Any, processing: ClipPreprocessing, dtype: torch.dtype) -> None:
+    """Write weights, configuration, tokenizer and image processor into one folder, whole or not at all."""
+    with atomic_folder(folder) as new:
+        weights = clip.state_dict()
+        save_file(
+            {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()},
+            new / "model.safetensors",
+        )
+        clip.config.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        processing.as_processor().save_pretrained(new)
+
+
+def _plain_clip(source: Pretrained) -> Any:
+    clip: Any = source.load(partial(CLIPModel.from_pretrained, dtype=torch.float32))
+    add_time_conditioning(clip)
+    return clip
+
+
+def _time_conditioned_clip(source: Pretrained, file: Path) -> Any:
+    clip: Any = CLIPModel(source.load(_read_config))
+    add_time_conditioning(clip)
+    found = _read_weights(file)
+    if all(name.startswith("model.") for name in found):
+        found = {name.removeprefix("model."): value for name, value in found.items()}
+    # Buffers that older versions of transformers stored: 0, 1, 2, ...
+    found = {name: value for name, value in found.items() if not name.endswith(".position_ids")}
+    difference = mismatch(clip.state_dict(), found)
+    if difference is not None:
+        raise ConfigError(
+            f"step-aware preference model: {file} does not fit the CLIP model {source.name!r}: {difference}; "
+            "give `pretrained` the model that it was trained from, or another checkpoint"
+        )
+    clip.load_state_dict(found)
+    return clip
+
+
+def _read_config(location: str, **options: Any) -> CLIPConfig:
+    return CLIPConfig.from_pretrained(location, **options)
+
+
+def _own_weights(source: Pretrained) -> Path | None:
+    """The weights' file of a folder that ``save_pretrained`` wrote; None for a plain CLIP model."""
+    file = Path(source.location) / source.subfolder / "model.safetensors"
+    if not source.local or not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as weights:
+            return file if "t_embedder.mlp.0.weight" in weights.keys() else None  # noqa: SIM118  # no iterator
+    except UNREADABLE as error:
+        raise _damaged(file, error) from error
+
+
+def _find_checkpoint(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    try:
+        source = Pretrained.find(str(path.parent))
+    except ConfigError:
+        source = None
+    if source is None or source.local or path.suffix not in (".bin", ".safetensors"):
+        raise ConfigError(
+            f"step-aware preference model: no checkpoint {name!r}; give a .bin or .safetensors file, or a file on the "
+            "hub as organisation/name/file"
+        )
+
+    def fetch(location: str, local_files_only: bool, **options: Any) -> str:
+        return hf_hub_download(location, path.name, **options)
+
+    return Path(source.load(fetch))
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise _damaged(file, error) from error
+    if not isinstance(weights, dict) or not all(_is_plain(*item) for item in weights.items()):
+        raise _damaged(file, "it holds no state dict")
+    return weights
+
+
+def _is_plain(name: object, value: object) -> bool:
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+
+
+def _damaged(file: Path, reason: object) -> ConfigError:
+    said = " ".join(str(reason).split())[:200]
+    return ConfigError(f"step-aware preference model: {file} cannot be read; download it again. ({said})")
