@@ -37,6 +37,8 @@ class PreferencePairsDataModule(CursorDataModule):
     Args:
         shards: a prepared folder, a tar file, a brace list, a URL of these, or a list of such.
         batch_size: pairs a rank a batch.
+        pairs_per_step: Pairs per optimizer step over all ranks; as many batches are accumulated as that takes. None
+            leaves it to trainer.accumulate_grad_batches.
         num_workers: processes that read and decode, a rank.
         seed: of the order, the flips and the crops.
         resolution: side of the pictures in pixels; for latents, what they must have been encoded at.
@@ -75,8 +77,9 @@ class PreferencePairsDataModule(CursorDataModule):
         max_bad_share: float = 0.001,
         stall_seconds: float = 60.0,
         download_attempts: int = 3,
+        pairs_per_step: int | None = None,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, pairs_per_step)
         if resolution < 1:
             raise ConfigError(f"data.resolution must be at least 1, got {resolution}")
         if not 0 <= max_bad_share < 1:

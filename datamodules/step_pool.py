@@ -66,6 +66,8 @@ class StepPoolDataModule(CursorDataModule):
         decoder_checks: how many prompts, the first of every pool, are judged behind the VAE too, to see how far the
             decoder leads to the same choices. It changes no pair, and costs these prompts' decodes by the VAE.
         batch_size: pairs a rank a batch.
+        pairs_per_step: Pairs per optimizer step over all ranks; as many batches are accumulated as that takes. None
+            leaves it to trainer.accumulate_grad_batches.
         prompts_per_pool: how many prompts each pool takes; they are drawn without replacement until all were used.
             None takes all of them every time.
         prompts_per_batch: prompts that are sampled at once, which is a chunk: k times as many samples go through
@@ -103,8 +105,9 @@ class StepPoolDataModule(CursorDataModule):
         min_pairs: int = 0,
         fill: tuple[int, int] | None = None,
         reuse: list[str] | None = None,
+        pairs_per_step: int | None = None,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, pairs_per_step)
         if decoder_checks < 0:
             raise ConfigError(f"data.decoder_checks must be 0 (none) or more prompts, got {decoder_checks}")
         if reuse is None and (prompts is None or scorer is None):

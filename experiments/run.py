@@ -2,11 +2,12 @@
 
     python -m experiments.run --config dpo_sd15
     python -m experiments.run --config dpo_tiny --model.objective.beta=2000 --run_dir runs/beta2000
-    python -m experiments.run --config dpo_tiny --resume auto       (or last, or a file; --ckpt_path is the same)
-    python -m experiments.run test --config dpo_tiny --ckpt_path last
+    python -m experiments.run --run_dir runs/beta2000 --resume last     (or auto, or a file; --ckpt_path is the same)
+    python -m experiments.run test --run_dir runs/beta2000
 
 A run lives in one folder (``--run_dir``, else ``runs/<config>``): config.yaml (resolved), TensorBoard events,
 checkpoints/, samples/, export/, win_rate.json. A new run never starts in a folder that holds another's checkpoints.
+One that is resumed or evaluated has the settings that it was started with, see ``experiments.cli.saved_settings``.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
-
 from experiments.cli.command import run_command
 from experiments.cli.compose import CommandLine, import_named, packaged_configs
 from experiments.cli.orphans import end_with_launcher
+from experiments.cli.start import Start
 from lightning_modules.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
     # Processes that DDP starts read sys.argv again, the job's word included: it must not be changed here.
     line = CommandLine.split(sys.argv[1:] if argv is None else argv)
     asks_help = any(word == "-h" or word.split("=")[0].endswith("help") for word in line.overrides)
-    tree = line.tree()  # before the heavy imports: a mistyped name should not wait for them
-    if not line.configs and not asks_help:
+    start = Start.of(line)  # before the heavy imports: a mistyped name should not wait for them
+    if not start.tree and not asks_help:
         raise ConfigError(f"--config NAME is missing; there are {', '.join(packaged_configs())}, or give a path")
 
     end_with_launcher()
@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
     from experiments.cli.experiment_cli import ExperimentCLI
 
     quiet()
-    import_named(tree, line.overrides)
-    text = OmegaConf.to_yaml(OmegaConf.create(tree))
-    cli = ExperimentCLI(line, ["--config", text, *line.overrides] if tree else list(line.overrides))
+    for tree in (start.tree, start.saved.tree if start.saved else {}):
+        import_named(tree, start.words)
+    cli = ExperimentCLI(start)
     cli.run_job()
     return cli
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
@@ -255,3 +257,13 @@ def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
 def configured_trainer(cli: LightningCLI, config: dict[str, Any], callbacks: Sequence[Callback]) -> Trainer:
     """The command line's trainer by a changed config; its public method takes single values, and no other plugins."""
     return cli._instantiate_trainer(config, list(callbacks))
+
+
+def configured_optimizers(module: LightningModule) -> tuple[list[Optimizer], list[Any]]:
+    """Optimizers and schedulers as the module's settings make them, in whatever form it returns them.
+
+    A resumed trainer's own have taken over the checkpoint's settings; Lightning reads the forms that
+    ``configure_optimizers`` may have, but not for others.
+    """
+    optimizers, schedulers = _init_optimizers_and_lr_schedulers(module)
+    return optimizers, [config.scheduler for config in schedulers]

@@ -9,14 +9,24 @@ import torch
 from pairs_data import write_shards
 
 from experiments import prepare_pickapic, run
+from experiments.cli.compose import find_config
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"^    python -m experiments\.run (.*)$", README, re.MULTILINE)))
 NAMED = [command for command in COMMANDS if "[" not in command and "my_objectives" not in command]
 
 
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """The folder in which a reader has started the run that later commands name."""
+    (tmp_path / "runs" / "dpo" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "dpo" / "checkpoints" / "last.ckpt").touch()
+    (tmp_path / "runs" / "dpo" / "config.yaml").write_text(find_config("dpo_sd15").read_text())
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("command", NAMED)
-def test_every_run_command_parses(capsys, command):
+def test_every_run_command_parses(capsys, begun, command):
     """Every setting exists and has the right type; nothing is built."""
     with pytest.raises(SystemExit) as exit_of:
         run.main([*shlex.split(command), "--print_config"])

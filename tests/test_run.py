@@ -6,16 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from abc import ABC
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import OptimizerCallable
-from torch.utils.data import DataLoader
+from toy_world import Lenient, Strict, start, toy_folder
 
 from datamodules.shapes.drawing import prompt_splits
 from experiments import prepare_pickapic, run
@@ -24,93 +20,18 @@ from experiments.cli.compose import (
     find_config,
     known_classes,
     load,
-    merge,
     packaged_configs,
-    same_class,
     settings,
-    switch_class,
 )
+from experiments.cli.tree import merge, same_class, switch_class
 from experiments.shapes import prepare as prepare_shapes
 from lightning_modules.errors import ConfigError, UserError
+
+folder = pytest.fixture(toy_folder)
 
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning")
-
-
-# A world without networks
-
-
-class Loss(ABC):  # noqa: B024  # a kind of strategy, with nothing to do here
-    """What ``ToyModule`` is trained for."""
-
-
-@dataclass(frozen=True)
-class Strict(Loss):
-    beta: float = 5000.0
-
-
-@dataclass(frozen=True)
-class Lenient(Loss):
-    beta: float = 10.0
-    clip: float = 0.1
-
-
-class ToyModule(LightningModule):
-    def __init__(
-        self, objective: Loss, optimizer: OptimizerCallable = torch.optim.AdamW, seed: int = 0, width: int = 2
-    ) -> None:
-        super().__init__()
-        self.objective, self.make_optimizer, self.seed = objective, optimizer, seed
-        self.net = torch.nn.Linear(width, 1)
-
-    def training_step(self, batch, batch_idx):
-        return self.net(batch).square().mean()
-
-    def test_step(self, batch, batch_idx):
-        pass
-
-    def configure_optimizers(self):
-        return self.make_optimizer(self.parameters())
-
-
-class ToyData(LightningDataModule):
-    def __init__(self, batch_size: int = 2, seed: int = 0) -> None:
-        super().__init__()
-        self.batch_size, self.seed = batch_size, seed
-
-    def train_dataloader(self):
-        return DataLoader(torch.ones(64, 2), self.batch_size)
-
-
-TOY = """
-seed_everything: 7
-trainer: {accelerator: cpu, max_steps: 2, enable_progress_bar: false, enable_model_summary: false}
-model:
-  class_path: ToyModule
-  init_args:
-    seed: ${seed_everything}
-    objective: {class_path: Lenient, init_args: {beta: 11.0}}
-    optimizer: {class_path: AdamW, init_args: {lr: 1e-4}}
-data:
-  class_path: ToyData
-  init_args: {seed: "${seed_everything}"}
-"""
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty working folder with toy.yaml in it; what a run does to the environment is undone."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls the parser by an older name
-    (tmp_path / "toy.yaml").write_text(TOY)
-    return tmp_path
-
-
-def start(*words):
-    return run.main([*words, "--config", "toy.yaml"])
 
 
 # Composition
@@ -336,10 +257,9 @@ def test_a_run_can_be_repeated_from_its_saved_config(folder):
 @pytest.mark.parametrize("checkpoint", ["last", "auto", "runs/toy/checkpoints/step=0000002.ckpt"])
 def test_going_on_from_a_checkpoint_obeys_the_command_line(folder, checkpoint):
     start("--ckpt_path=auto")  # nothing there yet: starts
-    cli = start("--ckpt_path", checkpoint, "--trainer.max_steps=3", "--model.objective.beta=4")
+    cli = start("--ckpt_path", checkpoint, "--trainer.max_steps=3")
     assert cli.trainer.global_step == 3
-    assert cli.model.objective.beta == 4.0
-    assert yaml.safe_load((folder / "runs" / "toy" / "config.yaml").read_text())["trainer"]["max_steps"] == 3
+    assert yaml.safe_load((folder / "runs" / "toy" / "config-0002.yaml").read_text())["trainer"]["max_steps"] == 3
 
 
 def test_an_evaluation_wants_trained_weights_unless_told_otherwise(folder):
@@ -388,7 +308,11 @@ def weights(cli):
 def test_fit_test_predict_and_an_exact_resume(folder, world, capsys):
     whole = run.main(["--config", str(world)])
     run.main(["--config", str(world), "--run_dir=cut", "--trainer.max_steps=3"])
-    resumed = run.main(["--config", str(world), "--run_dir=cut", "--ckpt_path=last"])
+    resume = ["--run_dir=cut", "--ckpt_path=last", "--trainer.max_steps=4", "--trainer.accumulate_grad_batches=1"]
+    with pytest.raises(ConfigError, match=r"cut took 8 pairs per step, now 1 device x 4 x 1 = 4 pairs per step; give"):
+        run.main(resume)
+    resumed = run.main([*resume, "--data.pairs_per_step=8"])
+    assert resumed.trainer.accumulate_grad_batches == 2
     assert torch.equal(weights(whole), weights(resumed))
 
     run.main(["test", "--config", str(world)])

@@ -39,13 +39,17 @@ class CursorDataModule(LightningDataModule, ABC):
 
     Args:
         batch_size: Pairs per rank and batch.
+        pairs_per_step: Pairs per optimizer step over all ranks, for whoever sets the trainer's accumulation (the
+            command does); None leaves it to the trainer's settings.
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, pairs_per_step: int | None = None) -> None:
         super().__init__()
         if batch_size < 1:
             raise ConfigError(f"data.batch_size must be at least 1, got {batch_size}")
-        self.batch_size = batch_size
+        if pairs_per_step is not None and pairs_per_step < 1:
+            raise ConfigError(f"data.pairs_per_step must be at least 1, got {pairs_per_step}")
+        self.batch_size, self.pairs_per_step = batch_size, pairs_per_step
 
     @property
     @abstractmethod

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from experiments.cli.former_paths import with_present_objectives, with_present_paths
+from experiments.cli.tree import MISSING, find, merge, put, remove
 from lightning_modules.errors import ConfigError
 
 JOBS = ("fit", "validate", "test", "predict")
@@ -73,12 +74,10 @@ class CommandLine:
         return "+".join(Path(name).stem for name in self.configs) or "unnamed"
 
     def tree(self) -> dict[str, Any]:
-        """The files merged in their order, with the class switches of the command line already in place."""
+        """The files merged in their order."""
         tree: dict[str, Any] = {}
         for name in self.configs:
             tree = merge(tree, load(find_config(name)))
-        for key, value in settings(self.overrides):
-            switch_class(tree, key, value)
         return tree
 
 
@@ -112,47 +111,41 @@ def find_config(name: str) -> Path:
 def load(path: Path) -> dict[str, Any]:
     """One YAML file as a tree, its ``${...}`` left as they are.
 
+    What a run has kept of a start (``saved_settings``) is as it was composed: what was taken from elsewhere is so
+    again, and where that run lived is left out.
+
     Raises:
         ConfigError: no YAML, or no mapping at its top.
     """
+    tree = _read(path)
+    start = tree.pop("start", None)
+    if start is not None or (path.parent / "checkpoints").is_dir():
+        for key in ("run_dir", "ckpt_path", "trainer.default_root_dir"):
+            remove(tree, key)
+    for key, text in _mapping(_mapping(start).get("references")).items():
+        if find(tree, key) is not MISSING:
+            put(tree, key, text)
+    return tree
+
+
+def start_of_file(path: Path) -> dict[str, Any]:
+    """What a run has kept about a start beside its settings; empty for any other file."""
+    return _mapping(_read(path).get("start"))
+
+
+def _mapping(node: Any) -> dict[str, Any]:
+    return node if isinstance(node, dict) else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = with_present_paths(path.read_text(encoding="utf-8"), known_classes())
         tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise ConfigError(f"config {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: wants settings such as 'model: ...' at its top, got a {type(tree).__name__}")
     return {str(key): with_present_objectives(value) for key, value in tree.items()}
-
-
-def merge(below: Any, above: Any) -> Any:
-    """``above`` over ``below``: mappings key by key, everything else replaced; ``key+`` appends to a list.
-
-    A class that changes replaces its node whole; see the module's docstring.
-    """
-    if isinstance(above, str) and is_class(below):
-        return below if same_class(below["class_path"], above) else {"class_path": above}
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
-    if is_class(below) and is_class(above) and not same_class(below["class_path"], above["class_path"]):
-        return above
-    merged = dict(below)
-    for key, value in above.items():
-        if key.endswith("+"):
-            former = merged.get(key[:-1]) or []
-            merged[key[:-1]] = former + (value if isinstance(value, list) else [value])
-        else:
-            merged[key] = merge(merged[key], value) if key in merged else value
-    return merged
-
-
-def is_class(node: Any) -> bool:
-    return isinstance(node, dict) and isinstance(node.get("class_path"), str)
-
-
-def same_class(one: str, other: str) -> bool:
-    """Whether two class paths, short or dotted, name the same class."""
-    return one == other or (("." not in one or "." not in other) and one.split(".")[-1] == other.split(".")[-1])
 
 
 def settings(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -165,30 +158,6 @@ def settings(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield key[2:], value
         elif i + 1 < len(overrides) and not overrides[i + 1].startswith("--"):
             yield key[2:], overrides[i + 1]
-
-
-def switch_class(tree: dict[str, Any], key: str, value: str) -> None:
-    """If the setting gives the node at ``key`` another class, empty the node; else leave the tree alone."""
-    *way, last = [part for part in key.removesuffix(".class_path").split(".") if part != "init_args"]
-    node: Any = tree
-    for part in way:
-        node = node.get(part) if isinstance(node, dict) else None
-        node = node.get("init_args") if is_class(node) else node
-    if not isinstance(node, dict) or not is_class(node.get(last)):
-        return
-    given = class_named_by(value)
-    if given is not None and not same_class(node[last]["class_path"], given):
-        node[last] = {"class_path": given}
-
-
-def class_named_by(value: str) -> str | None:
-    """``DPO``, ``package.DPO`` or ``{class_path: DPO, ...}`` as typed on a command line, else None."""
-    if re.fullmatch(r"(\w+\.)*_?[A-Z]\w*", value) and value not in ("None", "True", "False"):
-        return value
-    if value.lstrip().startswith("{"):
-        match = re.search(r"""["']?class_path["']?\s*:\s*["']?([\w.]+)""", value)
-        return match.group(1) if match else None
-    return None
 
 
 @cache

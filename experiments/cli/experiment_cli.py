@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.loss_guard import LossGuard
-from callbacks.resume.checkpoint_files import (
-    AtomicCheckpointIO,
-    damage_reason,
-    newest_checkpoint,
-    newest_intact_checkpoint,
-)
+from callbacks.resume.checkpoint_files import AtomicCheckpointIO
 from callbacks.resume.checkpointing import RunCheckpoint
 from callbacks.resume.due_evaluations import PolicyEvaluation
 from callbacks.resume.exact_resume import ExactResume
 from callbacks.resume.preemption import Preemption
+from callbacks.resume.present_rates import PresentRates
 from callbacks.save_pictures import SavePictures
 from datamodules.stream.cursor import CursorDataModule
-from experiments.cli.compose import JOBS, CommandLine, packaged_configs, settings
+from experiments.cli.compose import JOBS, packaged_configs
 from experiments.cli.explain import explain
+from experiments.cli.run_folder import check_writable, choose_checkpoint
+from experiments.cli.saved_settings import Change, changes, save_settings
+from experiments.cli.start import Start
+from experiments.cli.step_size import pairs_per_step, settle_step
+from experiments.cli.tree import flat, references, within
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.lightning_internals import configured_trainer
 from lightning_modules.weights.sharding import FullyShardedStrategy
@@ -47,34 +49,46 @@ class OneLineParser(LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """The resolved settings, as config.yaml in the run folder; a resumed run writes its own over it."""
+    """Keeps the resolved settings of this start in the run folder, see ``experiments.cli.saved_settings``."""
+
+    def __init__(self, *args: Any, start: Start, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.start = start
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            config = self.config.clone()
-            config["ckpt_path"] = None  # where this process started is no setting of the experiment
-            self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        data: Any = getattr(trainer, "datamodule", None)
+        if stage != "fit" or not trainer.is_global_zero or getattr(data, "fill", None) is not None:
+            return  # the jobs of an array, which fill a pool together, start no run
+        config = self.config.clone()
+        # Where this process started, and what it was allowed, are no settings of the experiment.
+        config["ckpt_path"] = config["run_dir"] = config["trainer"]["default_root_dir"] = None
+        config["allow_changes"] = False
+        text = self.parser.dump(config, skip_none=False)
+        save_settings(
+            Path(trainer.default_root_dir),
+            text,
+            by_hand=self.start.by_hand,
+            references=self.start.references,
+            pairs_per_step=pairs_per_step(trainer, data) if isinstance(data, CursorDataModule) else None,
+        )
 
 
 class ExperimentCLI(LightningCLI):
     """Parses, builds and runs one job.
 
     Args:
-        line: the job and the names of the configs.
-        args: what the parser is to read.
+        start: the job, and the settings that the parser is to read.
     """
 
-    def __init__(self, line: CommandLine, args: Sequence[str]) -> None:
-        self.line = line
+    def __init__(self, start: Start) -> None:
+        self.start, self.line = start, start.line
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
             run=False,  # Lightning's own subcommands would merge a checkpoint's settings over the command line's
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=list(args),
+            args=[*_as_config(start.tree), *start.words],
             parser_class=OneLineParser,
             parser_kwargs={
                 # Resolves ${...} once, after every override; plain "omegaconf" would keep the file's values.
@@ -88,6 +102,7 @@ class ExperimentCLI(LightningCLI):
                 "allow_abbrev": False,
             },
             save_config_callback=SaveRunConfig,
+            save_config_kwargs={"start": start},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=42,
@@ -98,6 +113,11 @@ class ExperimentCLI(LightningCLI):
         parser.add_lightning_class_args(SavePictures, "pictures")
         parser.add_argument(
             "--run_dir", type=str | None, default=None, help="Folder of this run; default runs/<config>."
+        )
+        parser.add_argument(
+            "--allow_changes",
+            action="store_true",
+            help="Go on with, or evaluate, a run under settings that make another experiment of it.",
         )
         parser.add_argument(
             "--ckpt_path",
@@ -111,23 +131,55 @@ class ExperimentCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = _parsed(parser, args)
+        self.changes = self._changes(parser)
+
+    def _changes(self, parser: LightningArgumentParser) -> list[Change]:
+        """How this start differs from the run's last, if it goes on with one or evaluates it.
+
+        Raises:
+            ConfigError: in what makes another experiment of it, and without ``--allow_changes``.
+        """
+        saved = self.start.saved
+        if saved is None:
+            return []
         try:
-            self.config = parser.parse_args(args)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"interpolation in the settings: {' '.join(str(error).split())}") from error
+            before = _parsed(parser, _as_config(saved.tree))
+        except ConfigError as error:
+            raise ConfigError(f"{saved.file}: {error}") from error
+        old, new = (flat(yaml.safe_load(parser.dump(config, skip_none=False))) for config in (before, self.config))
+        follow = references(saved.tree).items() & self.start.references.items()
+        changed = changes(old, new)
+        held = [change for change in changed if saved.holds(change) and change.key not in dict(follow)]
+        if held and not self.config.allow_changes:
+            raise ConfigError(
+                f"{self.start.run_dir} has other settings ({saved.file.name}): {'; '.join(map(str, held))}. Leave them "
+                "out to go on with the run's own, allow them with --allow_changes, or give another --run_dir"
+            )
+        told = [str(change) for change in changed if change.key not in NOT_TOLD]
+        if told:
+            rank_zero_info(f"settings that differ from {saved.file}: {'; '.join(told)}")
+        return changed
 
     def before_instantiate_classes(self) -> None:
         """Settle where the run lives and what it starts from before anything large is built."""
-        given = self.config.run_dir or self.config.trainer.default_root_dir
-        self.run_dir = Path(given or Path("runs") / self.line.run_name)
-        _check_writable(self.run_dir)
+        self.run_dir = self.start.run_dir
+        check_writable(self.run_dir)
         self.config.trainer.default_root_dir = str(self.run_dir)
-        given = dict(settings(self.line.overrides))  # the parser takes the last of both words
-        if given.get("resume", given.get("ckpt_path")) != given.get("ckpt_path", given.get("resume")):
-            raise ConfigError(
-                f"--resume {given['resume']} and --ckpt_path {given['ckpt_path']} are two words for one thing; give one"
-            )
-        self.checkpoint = self._checkpoint(self.config.ckpt_path)
+        self.checkpoint = choose_checkpoint(self.line.job, self.run_dir / "checkpoints", self.config.ckpt_path)
+        self._check_optimizer_stays()
+
+    def _check_optimizer_stays(self) -> None:
+        """
+        Raises:
+            ConfigError: another kind of optimizer, which cannot take over what the former one has gathered.
+        """
+        for change in self.changes:
+            if change.key == "model.optimizer" and self.checkpoint is not None and self.line.job == "fit":
+                raise ConfigError(
+                    f"{change}: the checkpoint's moments are of the former optimizer and mean nothing to another; go "
+                    "on with it, or start a new run from the exported weights"
+                )
 
     def instantiate_classes(self) -> None:
         """Build everything; a UserError comes out as it was, not as the parser's account of what it tried."""
@@ -154,6 +206,8 @@ class ExperimentCLI(LightningCLI):
             if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
                 callbacks.append(RunCheckpoint())
             callbacks.append(ExactResume())
+            if any(within(change.key, f"model.{name}") for change in self.changes for name in _RATES):
+                callbacks.append(PresentRates())
             plugins = config["plugins"] or []
             config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         if self.line.job == "fit":
@@ -165,9 +219,26 @@ class ExperimentCLI(LightningCLI):
             # It says which rank reads what, from the run's position, which Lightning's samplers don't know.
             config["use_distributed_sampler"] = False
         try:
-            return configured_trainer(self, config, [self.config_init.get("pictures")])
+            trainer = configured_trainer(self, config, [self.config_init.get("pictures")])
         except MisconfigurationException as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        if self.line.job == "fit" and isinstance(self.datamodule, CursorDataModule):
+            self._settle_step(trainer, self.datamodule)
+        return trainer
+
+    def _settle_step(self, trainer: pl.Trainer, data: CursorDataModule) -> None:
+        """
+        Raises:
+            ConfigError: the run that goes on took another number of pairs per step.
+        """
+        told, saved = settle_step(trainer, data), self.start.saved
+        before = None if saved is None else saved.pairs_per_step
+        if before not in (None, pairs_per_step(trainer, data)) and not self.config.allow_changes:
+            raise ConfigError(
+                f"{self.start.run_dir} took {before} pairs per step, now {told}; give --data.pairs_per_step={before}, "
+                "or allow it with --allow_changes"
+            )
+        rank_zero_info(told)
 
     def run_job(self) -> None:
         """Run the job of the command line; test and predict are what the callbacks do, and read no data."""
@@ -187,67 +258,21 @@ class ExperimentCLI(LightningCLI):
         except MisconfigurationException as error:
             raise ConfigError(f"{self.line.job}: {' '.join(str(error).split())}") from error
 
-    def _checkpoint(self, asked: str | None) -> Path | None:
-        """Which file to start from.
 
-        Raises:
-            ConfigError: there is none where one was asked for, or a new run would overwrite an old one.
-        """
-        folder = self.run_dir / "checkpoints"
-        fits = self.line.job == "fit"
-        if asked is None and fits:
-            found = newest_checkpoint(folder)
-            if found is not None:
-                raise ConfigError(
-                    f"{folder} already holds a run ({found}); go on with --ckpt_path last, or give another --run_dir"
-                )
-            return None
-        if asked in ("last", "auto", None):
-            newest = self._newest(folder)
-            if newest is None and not (fits and asked == "auto"):
-                remedy = "start without --ckpt_path" if fits else "fit first, or evaluate with --ckpt_path none"
-                raise ConfigError(f"no checkpoint in {folder}; {remedy}, or point --run_dir at the run that you mean")
-            return newest
-        if asked == "none":
-            return None
-        if not Path(asked).is_file():
-            raise ConfigError(f"checkpoint {asked} does not exist; give a file, or 'last' for the newest in {folder}")
-        reason = damage_reason(Path(asked))
-        if reason is not None:
-            raise ConfigError(f"checkpoint {asked} {reason}; give another, or 'last' for the newest in {folder}")
-        return Path(asked)
-
-    def _newest(self, folder: Path) -> Path | None:
-        """The newest whole checkpoint, None where there are none at all; tells of damaged ones.
-
-        Raises:
-            ConfigError: all are damaged. Starting anew would not be what was asked for.
-        """
-        found = newest_intact_checkpoint(folder)
-        if not found.damaged:
-            return found.checkpoint
-        told = ", ".join(f"{file} {reason}" for file, reason in found.damaged.items())
-        if found.checkpoint is None:
-            raise ConfigError(
-                f"no checkpoint is whole: {told}; bring one back from a copy, or start anew with another --run_dir"
-            )
-        rank_zero_info(f"{told}; taking the one before, {found.checkpoint}")
-        return found.checkpoint
+_RATES = ("optimizer", "lr_scheduler")
+NOT_TOLD = ("allow_changes", "ckpt_path", "run_dir", "trainer.default_root_dir")
 
 
-def _check_writable(folder: Path) -> None:
-    """Before anything large is built; nothing is made yet.
+def _as_config(tree: dict[str, Any]) -> list[str]:
+    """A tree of settings as the parser takes it."""
+    return ["--config", OmegaConf.to_yaml(OmegaConf.create(tree))] if tree else []
 
-    Raises:
-        ConfigError: the run folder can't be made or written to.
-    """
-    for place in (folder, folder / "checkpoints"):
-        while not os.path.lexists(place):
-            place = place.parent
-        if not place.is_dir():
-            raise ConfigError(f"run folder {folder}: {place} is no folder; give another --run_dir")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise ConfigError(f"run folder {folder}: {place} cannot be written to; give another --run_dir")
+
+def _parsed(parser: LightningArgumentParser, args: Any) -> Any:
+    try:
+        return parser.parse_args(args)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"interpolation in the settings: {' '.join(str(error).split())}") from error
 
 
 def _check_callbacks(callbacks: Sequence[pl.Callback]) -> None:

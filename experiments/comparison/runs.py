@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from callbacks.evaluation.statistics import Mean, WinCount, wilson_interval
+from experiments.cli.saved_settings import saved_files
 from lightning_modules.errors import ConfigError, DataError
 
 Entry = Mapping[str, Any]  # one evaluation of win_rate.json, or one line of cost.json's history
@@ -36,7 +37,7 @@ class Run:
         result: the last evaluation on the split that is compared.
         curve: its evaluations on validation prompts, by step.
         costs: its costs by step; empty where none were counted.
-        settings: its ``config.yaml`` as dotted names and values; classes stand in place of their paths.
+        settings: those of its last start as dotted names and values; classes stand in place of their paths.
     """
 
     label: str
@@ -66,8 +67,9 @@ class Run:
             if not entry.get("protocol"):
                 raise DataError(f"{path}: step {entry['step']} does not say how it was judged; evaluate the run again")
         costs = _read_json(folder / "cost.json", default=[])
-        config = folder / "config.yaml"
-        tree = yaml.safe_load(config.read_text()) if config.is_file() else {}
+        configs = saved_files(folder)
+        tree = yaml.safe_load(configs[-1].read_text(encoding="utf-8")) if configs else {}
+        tree.pop("start", None)  # says how the settings came together
         return Run(label, folder, judged[-1], curve, tuple(costs), dict(_flattened(tree)))
 
     def cost(self, name: str, step: float) -> float | None:
