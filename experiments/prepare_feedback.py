@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jsonargparse import Namespace
 from rich.console import Console
-from rich.progress import track
 
 from datamodules.pools.fingerprint import fingerprint
 from datamodules.prompts import prompt_texts
@@ -33,6 +32,7 @@ from experiments.preparation.pickapic_schema import SCHEMA, pair_row
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.files import atomic_file, clear_unfinished
 from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.progress import Work
 from lightning_modules.randomness import derive_seed
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.rewards.function import Reward, as_reward_model
@@ -87,17 +87,22 @@ def prepare(settings: Namespace) -> None:
            "policy's weights": fingerprint(policy, frozen_in_full=True)}  # fmt: skip
     _begin(folder, job)
     parts = range(0, settings.pairs, PART)
-    for first in track(parts, description="drawing and judging"):
+    missing = {}
+    for first in parts:
         path = folder / f"train-{first // PART:05d}-of-{len(parts):05d}.parquet"
-        last = min(first + PART, settings.pairs)
-        if _is_complete(path, last - first):
-            continue
-        rows = []
-        for start in range(first, last, settings.batch_size):
-            numbers = range(start, min(start + settings.batch_size, last))
-            rows += draw_pairs(policy, reward, prompts, numbers, settings)
-        with atomic_file(path) as file:
-            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
+        pairs = range(first, min(first + PART, settings.pairs))
+        if not _is_complete(path, len(pairs)):
+            missing[path] = pairs
+    done = settings.pairs - sum(map(len, missing.values()))
+    with Work("drawing and scoring pair", settings.pairs, done=done, first_line=True, keep=True) as work:
+        for path, pairs in missing.items():
+            rows = []
+            for start in range(0, len(pairs), settings.batch_size):
+                numbers = pairs[start : start + settings.batch_size]
+                rows += draw_pairs(policy, reward, prompts, numbers, settings)
+                work.advance(len(numbers))
+            with atomic_file(path) as file:
+                pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
 
 
 def _begin(folder: Path, job: dict[str, Any]) -> None:

@@ -63,6 +63,7 @@ def quiet() -> None:
         "You defined a `validation_step` but have no `val_dataloader`",  # pictures are judged, not pairs
         ".*your dataloader is not resumable",  # the data module resumes by the run's counters
         ".*does not have many workers",
+        r"The number of training batches \(\d+\) is smaller than the logging interval",  # it counts steps of the run
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own affair with a newer torch
     ):
         warnings.filterwarnings("ignore", message=on_purpose)

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from jaxtyping import Float
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -19,6 +18,7 @@ from callbacks.clock import EVALUATION
 from callbacks.resume.preemption import preemption
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import ConfigError
+from lightning_modules.progress import Work
 from lightning_modules.sampling.pictures import Denoise, Sampler, initial_noise
 from lightning_modules.weights.sharding import whole
 
@@ -94,7 +94,7 @@ def my_share(trainer: pl.Trainer, items: Sequence[T], batch_size: int, title: st
     most = len(items[:: trainer.world_size])  # rank 0's
     leaving = preemption(trainer)
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    with Tqdm(total=len(mine), desc=title, leave=False, disable=not shown) as bar:
+    with Work(title, len(mine), shown) as work:
         for start in range(0, most, batch_size):
             if leaving is not None:
                 leaving.give_up_if_asked(
@@ -103,7 +103,7 @@ def my_share(trainer: pl.Trainer, items: Sequence[T], batch_size: int, title: st
             batch = mine[start : start + batch_size]
             if batch:
                 yield batch
-                bar.update(len(batch))
+                work.advance(len(batch))
 
 
 def gathered(trainer: pl.Trainer, mine: list[T]) -> list[T]:

@@ -106,4 +106,4 @@ def _fingerprint(trainer: pl.Trainer, module: AlignmentModule, protocol: Protoco
 
 def read_json(path: Path) -> Any:
     """What a file holds, None where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

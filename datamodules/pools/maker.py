@@ -11,7 +11,6 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies import Strategy
 
 from datamodules.pools.fingerprint import digest, fingerprint, schedule_fingerprint
@@ -19,6 +18,7 @@ from datamodules.pools.folder import SHARE, PoolFolder
 from lightning_modules.errors import ConfigError, DataError, UserError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.policies.tiny_decoder import TinyDecoder
+from lightning_modules.progress import Work
 from lightning_modules.randomness import generator
 from lightning_modules.sampling.step_sampler import Rollout, SeededDraws, StepSampler
 from lightning_modules.sampling.step_scorers import StepScorer
@@ -224,11 +224,11 @@ class PoolMaker:
         if self.decoder is not None:
             self.decoder.to(self.policy.device)
         hidden = not (self.strategy.is_global_zero and self.shows_progress)
-        with Tqdm(total=len(chunks), desc=f"Pool {number}", leave=False, disable=hidden) as bar:
+        with Work(f"pool {number}, chunk", len(chunks), not hidden) as work:
             for chunk in chunks:
                 self.between_chunks()
                 self._on_all_ranks(partial(self._sample_chunk, pool, number, numbers, chunk, hidden))
-                bar.update()
+                work.advance()
 
     def _sample_chunk(
         self, pool: PoolFolder, number: int, numbers: Sequence[int], chunk: int | None, hidden: bool
@@ -246,13 +246,13 @@ class PoolMaker:
 
     def _roll_out(self, numbers: Sequence[int], pool: int, checked: int, hidden: bool) -> Rollout:
         sampler = self.recipe.sampler
-        with Tqdm(total=sampler.steps, desc="Steps", leave=False, disable=hidden) as bar:
+        with Work("denoising step", sampler.steps, not hidden) as work:
             return sampler.sample(
                 self.policy,
                 self.scorer,
                 self.recipe.texts(numbers),
                 SeededDraws(self.recipe.seed, pool, numbers),
                 decode=self.decoder,
-                after_step=lambda step: bar.update(step - bar.n),
+                after_step=lambda step: work.advance(step - work.done),
                 checked=min(checked, len(numbers)),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -23,6 +24,9 @@ def run_command(main: Callable[[], Any]) -> None:
     of ``callbacks.resume.preemption``, which save first. A signal that whoever starts this has ignored stays ignored
     until then: under SLURM a job that leaves before it can put itself back into the queue counts as failed.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that isn't Unicode shows "?" and ends no run
+            stream.reconfigure(errors="replace")
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _leave)

@@ -169,7 +169,7 @@ def known_classes() -> dict[str, str]:
         for folder in (spec.submodule_search_locations or []) if spec else []:
             for file in sorted(Path(folder).rglob("*.py")):
                 module = ".".join([package, *file.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
-                for name in re.findall(r"^class (\w+)", file.read_text(), re.MULTILINE):
+                for name in re.findall(r"^class (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE):
                     found[name] = module
     return found
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -24,8 +24,10 @@ from callbacks.resume.due_evaluations import PolicyEvaluation
 from callbacks.resume.exact_resume import ExactResume
 from callbacks.resume.preemption import Preemption
 from callbacks.resume.present_rates import PresentRates
+from callbacks.run_progress import RunProgress
 from callbacks.save_pictures import SavePictures
 from datamodules.stream.cursor import CursorDataModule
+from experiments.cli.closing import print_closing
 from experiments.cli.compose import JOBS, packaged_configs
 from experiments.cli.explain import explain
 from experiments.cli.run_folder import check_writable, choose_checkpoint
@@ -202,6 +204,10 @@ class ExperimentCLI(LightningCLI):
         _check_callbacks(callbacks)
         if not any(isinstance(callback, LossGuard) for callback in callbacks):
             callbacks.append(LossGuard())
+        if config["enable_progress_bar"] is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
+            callbacks.append(RunProgress())
+        if config["enable_model_summary"] is None:
+            config["enable_model_summary"] = False  # RunProgress says how much is trained
         if config["enable_checkpointing"] is not False:
             if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
                 callbacks.append(RunCheckpoint())
@@ -257,6 +263,8 @@ class ExperimentCLI(LightningCLI):
                     )
         except MisconfigurationException as error:
             raise ConfigError(f"{self.line.job}: {' '.join(str(error).split())}") from error
+        if self.line.job == "fit" and self.trainer.is_global_zero:
+            print_closing(self.run_dir, self.trainer.global_step, self.trainer.max_steps)
 
 
 _RATES = ("optimizer", "lr_scheduler")

@@ -46,8 +46,8 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
     merges = merges_for(words())
     vocabulary = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
     vocabulary = [*dict.fromkeys(vocabulary), START, END]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
     tokenizer = CLIPTokenizer.from_pretrained(
         folder, unk_token=END, bos_token=START, eos_token=END, pad_token=END, model_max_length=TOKENS
     )
@@ -160,9 +160,9 @@ def assemble(folder: Path, sources: list[Path]) -> None:
         # would not fit its UNet in a plain from_pretrained. It is a twentieth of the folder.
         trained.to(torch.float32 if name == "text_encoder" else torch.float16).save_pretrained(folder / name)
         config = folder / name / "config.json"
-        settings = json.loads(config.read_text())
+        settings = json.loads(config.read_text(encoding="utf-8"))
         settings.pop("_name_or_path", None)  # where it lay here means nothing elsewhere
-        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
