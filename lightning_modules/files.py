@@ -21,6 +21,15 @@ from lightning_modules.errors import DataError
 UNFINISHED = "-unfinished-"
 
 
+def resolved_path(path: str | Path) -> Path:
+    """The one path of a file or folder that a user named: absolute, without ``~``, links and ``..``.
+
+    A shell leaves the ``~`` of ``--run_dir=~/x`` alone, and ``link/../x`` is not beside the link but beside what it
+    leads to; who asks by text alone finds another folder than who opens it.
+    """
+    return Path(path).expanduser().resolve()
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name only when it is complete and on the disk; its folder is made where needed.
