@@ -20,7 +20,7 @@ from callbacks.evaluation.pictures import (
 )
 from datamodules.prompts import prompt_texts
 from lightning_modules.errors import ConfigError
-from lightning_modules.files import atomic_file
+from lightning_modules.files import atomic_file, resolved_path
 from lightning_modules.sampling.eight_bit import eight_bit, png
 from lightning_modules.sampling.pictures import Sampler
 from lightning_modules.terminal import literal
@@ -63,7 +63,7 @@ class SavePictures(Callback):
         module = alignment(pl_module, "predict")
         texts = prompt_texts(self.prompts)
         step = policy_step(trainer)
-        folder = Path(self.output or Path(trainer.default_root_dir) / "pictures" / f"step={step:07d}")
+        folder = resolved_path(self.output or Path(trainer.default_root_dir) / "pictures" / f"step={step:07d}")
         requests = [
             PictureRequest(text, (self.seed, "pictures", p, i)) for p, text in enumerate(texts) for i in self._range()
         ]

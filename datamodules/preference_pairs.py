@@ -22,6 +22,7 @@ from datamodules.stream.loading import FaultTolerantDataset, PairLoader, identit
 from datamodules.stream.order import ShuffledOrder, StoredOrder
 from datamodules.stream.positions import RunSampler
 from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.files import resolved_path
 from lightning_modules.policies.base import DiffusionPolicy
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,9 @@ class PreferencePairsDataModule(CursorDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.transform = PairTransform(resolution, random_crop, horizontal_flip)
         self.shuffle_shards, self.ties = shuffle_shards, ties
-        self.downloads = Downloads(None if cache_dir is None else Path(cache_dir), stall_seconds, download_attempts)
+        self.downloads = Downloads(
+            None if cache_dir is None else resolved_path(cache_dir), stall_seconds, download_attempts
+        )
         self.max_bad_share = max_bad_share
         self._bad: dict[str, BadSamples] = {}
         self.train_set: PixelPairs | EncodedPairs | None = None

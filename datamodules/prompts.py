@@ -32,7 +32,7 @@ def load_prompts(path: str | Path) -> list[str]:
     Raises:
         DataError: the file is missing, empty, too large, not UTF-8, or of no known form.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise DataError(f"prompt file {path}: suffix {path.suffix!r} is not known; known forms: {KNOWN_FORMS}")

@@ -32,6 +32,7 @@ from datamodules.stream.loading import FaultTolerantDataset, PairLoader, identit
 from datamodules.stream.order import StoredOrder
 from datamodules.stream.positions import PoolSampler
 from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.files import resolved_path
 from lightning_modules.lightning_internals import epoch_is_open, expect_batches
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.policies.tiny_decoder import TinyDecoder
@@ -123,7 +124,7 @@ class StepPoolDataModule(CursorDataModule):
         self.sampler, self.scorer = sampler, scorer
         self.decoder, self.decoder_checks = decoder, 0 if decoder is None else decoder_checks
         self.seed, self.num_workers, self.min_pairs = seed, num_workers, min_pairs
-        self.pools_dir = None if pools_dir is None else Path(pools_dir)
+        self.pools_dir = None if pools_dir is None else resolved_path(pools_dir)
         self.keep_pools, self.fill, self.reuse = keep_pools, fill, reuse
         self._position: PoolPosition | None = None
         # The pools that the newest two checkpoints are in, by step: the newest may turn out to be damaged.
@@ -287,7 +288,7 @@ class StepPoolDataModule(CursorDataModule):
         return maker.make(number, trainer.global_step)
 
     def _folder(self, name: str) -> Path:
-        return Path(name) if self.reuse else self._pools() / name
+        return resolved_path(name) if self.reuse else self._pools() / name
 
     def _pools(self) -> Path:
         return self.pools_dir or Path(self._running.default_root_dir) / "pools"

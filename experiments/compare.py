@@ -21,7 +21,7 @@ from experiments.cli.command import run_command
 from experiments.comparison.page import CAPTION, render, tables
 from experiments.comparison.runs import Comparison, Run
 from lightning_modules.errors import ConfigError
-from lightning_modules.files import atomic_file
+from lightning_modules.files import atomic_file, resolved_path
 from lightning_modules.terminal import literal
 
 FILE_WIDTH = 110  # characters per line where the output is not a terminal
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> Comparison:
     )
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="run folder, with the method's name before it")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="prompts to compare on (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("comparison"), help="folder to write (%(default)s)")
+    parser.add_argument("--output", type=resolved_path, default="comparison", help="folder to write (comparison)")
     options = parser.parse_args(argv)
     runs = [Run.read(*labelled(word), options.split) for word in options.runs]
     comparison = Comparison.of(runs, options.split)
@@ -61,8 +61,8 @@ def labelled(word: str) -> tuple[str, Path]:
     if sign and not Path(word).is_dir():
         if not name or not folder:
             raise ConfigError(f"NAME=RUN wants a name and a folder, got {word!r}")
-        return name, Path(folder)
-    return Path(word).resolve().name, Path(word)
+        return name, resolved_path(folder)
+    return resolved_path(word).name, resolved_path(word)
 
 
 if __name__ == "__main__":

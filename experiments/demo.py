@@ -21,6 +21,7 @@ from rich.console import Console
 
 from experiments import compare, prepare_feedback, prepare_pickapic, run
 from experiments.cli.command import run_command
+from lightning_modules.files import resolved_path
 from lightning_modules.terminal import literal
 
 METHODS = {
@@ -36,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["spo"], help="What to train (spo).")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42], metavar="SEED", help="Of the trainings (42).")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="Folder for dpo's pairs (%(default)s).")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="Folder for the runs (%(default)s).")
+    parser.add_argument("--data", type=resolved_path, default="data", help="Folder for dpo's pairs (%(default)s).")
+    parser.add_argument("--runs", type=resolved_path, default="runs", help="Folder for the runs (%(default)s).")
     parser.add_argument("--pairs", type=int, default=768, help="Pairs to draw for dpo (%(default)s).")
     args, overrides = parser.parse_known_args(argv)
     runs = []

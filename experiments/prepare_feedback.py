@@ -30,7 +30,8 @@ from experiments.cli.configured_policy import load_policy
 from experiments.cli.experiment_cli import OneLineParser
 from experiments.preparation.pickapic_schema import SCHEMA, pair_row
 from lightning_modules.errors import ConfigError, UserError
-from lightning_modules.files import atomic_file, clear_unfinished
+from lightning_modules.files import atomic_file, clear_unfinished, resolved_path
+from lightning_modules.folder_lock import holds_nothing, locked_folder
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.progress import Work
 from lightning_modules.randomness import derive_seed
@@ -78,7 +79,7 @@ def prepare(settings: Namespace) -> None:
     """
     if settings.pairs < 1 or settings.candidates < 2 or settings.batch_size < 1:
         raise ConfigError("want --pairs of at least 1, --candidates of at least 2 and --batch_size of at least 1")
-    prompts, folder = prompt_texts(settings.prompts), Path(settings.output)
+    prompts, folder = prompt_texts(settings.prompts), resolved_path(settings.output)
     policy = load_policy(settings.config)
     reward = as_reward_model(settings.reward).to(policy.device)
     job = {"config": settings.config, "seed": settings.seed, "pairs": settings.pairs, "tie": settings.tie,
@@ -116,7 +117,7 @@ def _begin(folder: Path, job: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{folder} was begun with other settings ({', '.join(differ)}; its job.json); name a new --output"
             )
-    elif any(folder.iterdir()):
+    elif not holds_nothing(folder):
         raise ConfigError(f"{folder} holds other files; name a new --output")
     else:
         write_json(folder / "job.json", job)
@@ -147,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--reward", type=Reward, required=True, help="reward model, or function f(images, prompts) by its dotted name"
     )
     parser.add_class_arguments(Sampler, "sampler")
-    prepare(parser.instantiate(parser.parse_args(words)))
+    parsed = parser.parse_args(words)
+    with locked_folder(resolved_path(parsed.output), "wait for it, or name another --output"):
+        prepare(parser.instantiate(parsed))
 
 
 if __name__ == "__main__":

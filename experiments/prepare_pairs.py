@@ -31,6 +31,7 @@ from experiments.cli.command import run_command
 from experiments.preparation.pair_tables import FilePair, read_file_pairs
 from experiments.preparation.pickapic_schema import SCHEMA
 from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.files import resolved_path
 
 BLOCK = 64  # pairs whose pictures are in memory at once
 
@@ -42,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> Manifest:
         UserError: something that the user can mend; the command line shows it as one line.
     """
     args = _parser().parse_args(argv)
-    place = args.input.expanduser().resolve()
+    place = args.input
     pairs = read_file_pairs(place, _columns(args.columns))
     Console().print(f"{len(pairs)} pairs in {args.input}", markup=False, highlight=False, soft_wrap=True)
-    words = ["--output", str(args.output.expanduser()), "--shard-size", str(args.shard_size)]
+    words = ["--output", str(args.output), "--shard-size", str(args.shard_size)]
     words += ["--workers", str(args.workers), *(["--keep-ties"] if args.keep_ties else [])]
     for name in ("encode_with", "resolution", "dtype"):
         if getattr(args, name) is not None:
@@ -94,8 +95,14 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--input", type=Path, required=True, metavar="IN", help="table, choices.jsonl, or folder of pictures")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the shards; made if it is not there")
+    add("--input", type=resolved_path, required=True, metavar="IN", help="table, choices.jsonl, or folder of pictures")
+    add(
+        "--output",
+        type=resolved_path,
+        required=True,
+        metavar="DIR",
+        help="folder for the shards; made where needed",
+    )
     add("--columns", metavar="ROLE=NAME,...", help="the table's names of chosen, rejected, prompt, ...")
     add("--keep-ties", action="store_true", help="keep ties, label 0.5; only preference-model training can use them")
     add("--shard-size", type=int, default=1000, metavar="N", help="most pairs in a shard (1000)")

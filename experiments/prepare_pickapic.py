@@ -51,7 +51,7 @@ from experiments.preparation.pickapic_rows import (
     usable_pairs,
 )
 from lightning_modules.errors import ConfigError, DataError, UserError
-from lightning_modules.files import clear_unfinished
+from lightning_modules.files import clear_unfinished, resolved_path
 
 UNITS = ".units"  # markers of finished units, in the output folder until the manifest is there
 
@@ -279,7 +279,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="IN", help="parquet files, a pattern, their folder, or a hub id")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the shards; made if it is not there")
+    add(
+        "--output",
+        type=resolved_path,
+        required=True,
+        metavar="DIR",
+        help="folder for the shards; made where needed",
+    )
     add("--split", default="train", help="which files of a folder or hub id: train, validation_unique, ... (train)")
     add("--shard-size", type=_positive, default=1000, metavar="N", help="most pairs in a shard (1000)")
     add("--workers", type=_positive, default=1, metavar="N", help="processes; with --encode-with one a GPU (1)")

@@ -16,6 +16,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from experiments.cli.command import run_command
@@ -51,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
     quiet()
     for tree in (start.tree, start.saved.tree if start.saved else {}):
         import_named(tree, start.words)
-    cli = ExperimentCLI(start)
-    cli.run_job()
+    with ExitStack() as held:
+        cli = ExperimentCLI(start, held)
+        cli.run_job()
     return cli
 
 

@@ -53,6 +53,11 @@ def locked_folder(folder: Path, remedy: str) -> Iterator[None]:
                 place.rmdir()
 
 
+def holds_nothing(folder: Path) -> bool:
+    """Whether there is nothing in a folder but its lock."""
+    return all(path.name == _LOCK for path in folder.iterdir())
+
+
 def _taken(file: Path) -> int | None:
     """The open and locked file, or None if another process holds it."""
     while True:

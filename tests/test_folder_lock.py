@@ -73,9 +73,9 @@ def test_where_there_are_no_locks_it_is_told(tmp_path, monkeypatch, caplog):
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot write to .*file/run: Not a directory; choose another folder"):
-        with locked_folder(tmp_path / "file" / "run", ""):
-            pass
+    message = "cannot write to .*file/run: Not a directory; choose another folder"
+    with pytest.raises(DataError, match=message), locked_folder(tmp_path / "file" / "run", ""):
+        pass
 
 
 def test_many_processes_hold_it_one_after_another(tmp_path):

@@ -56,7 +56,8 @@ def _expand(name: str) -> list[str]:
     if _most_names(name) > MAX_SHARDS:
         raise ConfigError(f"shards {name[:200]!r} is a brace list of more than {MAX_SHARDS} names; name a folder")
     try:
-        return [location.removeprefix("file://") for location in expand_urls(name)]
+        names = [location.removeprefix("file://") for location in expand_urls(name)]
+        return [name if is_remote(name) else str(Path(name).expanduser()) for name in names]
     except (ValueError, KeyError) as error:
         raise ConfigError(f"shards {name!r}: {error}; write a brace list as {{00000..00009}}.tar") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,7 @@ from experiments.cli.closing import print_closing
 from experiments.cli.compose import JOBS, packaged_configs
 from experiments.cli.explain import explain
 from experiments.cli.run_folder import check_writable, choose_checkpoint
+from experiments.cli.run_lock import locked_run
 from experiments.cli.saved_settings import Change, changes, save_settings
 from experiments.cli.start import Start
 from experiments.cli.step_size import pairs_per_step, settle_step
@@ -80,10 +82,11 @@ class ExperimentCLI(LightningCLI):
 
     Args:
         start: the job, and the settings that the parser is to read.
+        held: Takes over the lock on the run folder.
     """
 
-    def __init__(self, start: Start) -> None:
-        self.start, self.line = start, start.line
+    def __init__(self, start: Start, held: ExitStack) -> None:
+        self.start, self.line, self.held = start, start.line, held
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
@@ -167,6 +170,8 @@ class ExperimentCLI(LightningCLI):
         """Settle where the run lives and what it starts from before anything large is built."""
         self.run_dir = self.start.run_dir
         check_writable(self.run_dir)
+        fills = bool(self.config.get("data.init_args.fill"))
+        self.held.enter_context(locked_run(self.line.job, self.run_dir, fills))
         self.config.trainer.default_root_dir = str(self.run_dir)
         self.checkpoint = choose_checkpoint(self.line.job, self.run_dir / "checkpoints", self.config.ckpt_path)
         self._check_optimizer_stays()

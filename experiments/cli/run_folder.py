@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.resume.checkpoint_files import damage_reason, newest_checkpoint, newest_intact_checkpoint
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import resolved_path
 
 
 def choose_checkpoint(job: str, folder: Path, asked: str | None) -> Path | None:
@@ -38,12 +39,13 @@ def choose_checkpoint(job: str, folder: Path, asked: str | None) -> Path | None:
         return newest
     if asked == "none":
         return None
-    if not Path(asked).is_file():
+    file = resolved_path(asked)
+    if not file.is_file():
         raise ConfigError(f"checkpoint {asked} does not exist; give a file, or 'last' for the newest in {folder}")
-    reason = damage_reason(Path(asked))
+    reason = damage_reason(file)
     if reason is not None:
         raise ConfigError(f"checkpoint {asked} {reason}; give another, or 'last' for the newest in {folder}")
-    return Path(asked)
+    return file
 
 
 def _newest(folder: Path) -> Path | None:
@@ -60,7 +62,7 @@ def _newest(folder: Path) -> Path | None:
         raise ConfigError(
             f"no checkpoint is whole: {told}; bring one back from a copy, or start anew with another --run_dir"
         )
-    rank_zero_info(f"{told}; taking the one before, {found.checkpoint}")
+    rank_zero_info(f"{told}; resuming from {found.checkpoint}")
     return found.checkpoint
 
 

@@ -17,6 +17,7 @@ from experiments.cli.compose import CommandLine, packaged_configs, settings
 from experiments.cli.saved_settings import SavedSettings, saved_files
 from experiments.cli.tree import MISSING, find, plain, put, references, remove, switch_class, within
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import resolved_path
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,20 @@ def _run_dir(line: CommandLine, given: Mapping[str, str], files: Mapping[str, An
               trainer.get("default_root_dir"))  # fmt: skip
     place = next((place for place in places if place not in (None, "null")), Path("runs") / line.run_name)
     if "${" not in str(place):
-        return Path(str(place))
+        return resolved_path(str(place))
     tree = deepcopy(dict(files))
     for key, value in given.items():
         put(tree, key, value)
     try:
-        return Path(str(OmegaConf.create({**tree, "run_dir": str(place)})["run_dir"]))
+        return resolved_path(str(OmegaConf.create({**tree, "run_dir": str(place)})["run_dir"]))
     except OmegaConfBaseException as error:
         raise ConfigError(f"interpolation in the settings: {' '.join(str(error).split())}") from error
 
 
 def _run_of(checkpoint: str) -> list[Path]:
     """The run folder that a checkpoint file lies in, if it lies in one."""
-    return [Path(checkpoint).parent.parent] if Path(checkpoint).parent.name == "checkpoints" else []
+    file = resolved_path(checkpoint)
+    return [file.parent.parent] if file.parent.name == "checkpoints" else []
 
 
 def _saved(line: CommandLine, run_dir: Path, asked: str | None) -> SavedSettings | None:
