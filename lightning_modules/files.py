@@ -22,12 +22,14 @@ UNFINISHED = "-unfinished-"
 
 
 def resolved_path(path: str | Path) -> Path:
-    """The one path of a file or folder that a user named: absolute, without ``~``, links and ``..``.
+    """The one path of a file or folder that a user named: without ``~``, links and ``..``; absolute, or seen from the
+    working folder if it lies in it, which reads better.
 
     A shell leaves the ``~`` of ``--run_dir=~/x`` alone, and ``link/../x`` is not beside the link but beside what it
-    leads to; who asks by text alone finds another folder than who opens it.
+    leads to; who goes by the text finds another folder than who opens it.
     """
-    return Path(path).expanduser().resolve()
+    resolved, here = Path(path).expanduser().resolve(), Path.cwd()
+    return resolved.relative_to(here) if resolved.is_relative_to(here) else resolved
 
 
 @contextmanager

@@ -344,10 +344,11 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_b
     with caplog.at_level("INFO"):
         cli = start(word)
     assert cli.trainer.global_step == 8
-    assert cli.checkpoint == copied / "step=0000004.ckpt"
+    folder = Path("run/checkpoints")
+    assert cli.checkpoint == folder / "step=0000004.ckpt"
     (line,) = [record.getMessage() for record in caplog.records if "cut short" in record.getMessage()]
-    damaged = ", ".join(f"{copied / name} is cut short or no checkpoint" for name in ("last.ckpt", "step=0000006.ckpt"))
-    assert line == f"{damaged}; resuming from {copied / 'step=0000004.ckpt'}"
+    damaged = ", ".join(f"{folder / name} is cut short or no checkpoint" for name in ("last.ckpt", "step=0000006.ckpt"))
+    assert line == f"{damaged}; resuming from {folder / 'step=0000004.ckpt'}"
 
 
 def test_a_run_never_starts_afresh_where_all_checkpoints_are_damaged(start, copied):

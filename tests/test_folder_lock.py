@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -110,5 +111,9 @@ def test_a_path_is_one(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "inner")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert resolved_path("~/runs/x") == resolved_path("runs/x") == tmp_path / "runs" / "x"
-    assert resolved_path("link/../x") == tmp_path / "elsewhere" / "x"
+    for spelled in ("~/runs/x", "runs/x", "./runs/y/../x", str(tmp_path / "runs" / "x")):
+        assert resolved_path(spelled) == Path("runs/x")
+    assert resolved_path("link/../x") == Path("elsewhere/x")
+    monkeypatch.chdir(tmp_path / "link")
+    assert resolved_path("../x") == tmp_path / "elsewhere" / "x"
+    assert resolved_path("x") == Path("x")
