@@ -20,7 +20,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from experiments.cli.command import run_command
-from experiments.cli.compose import CommandLine, import_named, packaged_configs
+from experiments.cli.compose import CommandLine, import_named, no_config
+from experiments.cli.help_page import asks_help, help_page
 from experiments.cli.orphans import end_with_launcher
 from experiments.cli.start import Start
 from lightning_modules.errors import ConfigError
@@ -40,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
     """
     # Processes that DDP starts read sys.argv again, the job's word included: it must not be changed here.
     line = CommandLine.split(sys.argv[1:] if argv is None else argv)
-    asks_help = any(word == "-h" or word.split("=")[0].endswith("help") for word in line.overrides)
+    if asks_help(line.overrides):
+        print(help_page(), end="")
+        raise SystemExit(0)
     start = Start.of(line)  # before the heavy imports: a mistyped name should not wait for them
-    if not start.tree and not asks_help:
-        raise ConfigError(f"--config NAME is missing; there are {', '.join(packaged_configs())}, or give a path")
+    if not start.tree and not any("help" in word.partition("=")[0] for word in line.overrides):
+        raise ConfigError(no_config(line.overrides))
 
     end_with_launcher()
     # Lightning takes seconds to import, and a wrong word should be told at once.

@@ -53,7 +53,7 @@ class CommandLine:
         if words and not words[0].startswith("-"):
             job = words.pop(0)
             if job not in JOBS:
-                raise ConfigError(f"job {job!r} is unknown{nearest(job, JOBS)}; choose one of {', '.join(JOBS)}")
+                raise ConfigError(_no_job(job))
         configs, overrides = [], []
         rest = iter(words)
         for word in rest:
@@ -79,6 +79,23 @@ class CommandLine:
         for name in self.configs:
             tree = merge(tree, load(find_config(name)))
         return tree
+
+
+def _no_job(word: str) -> str:
+    names = {name: name.removesuffix(".yaml") for name in packaged_configs()}
+    close = difflib.get_close_matches(word, [*JOBS, *names, *names.values()], n=1)
+    if Path(word).is_file() or (close and close[0] not in JOBS):
+        name = word if Path(word).is_file() else names.get(close[0], close[0])
+        return f"{word!r} is no job ({', '.join(JOBS)}); if you mean the config, write --config {name}"
+    return f"job {word!r} is unknown{nearest(word, JOBS)}; choose one of {', '.join(JOBS)}"
+
+
+def no_config(overrides: Sequence[str]) -> str:
+    """What to say where no config is named: most often it is, after a word that is no option."""
+    for key, value in settings(overrides):
+        if "." not in key and nearest(key, ["config"]):
+            return f"setting {key!r} does not exist (did you mean --config {value}?)"
+    return f"--config NAME is missing; there are {', '.join(packaged_configs())}, or give a path"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ from callbacks.run_progress import RunProgress
 from callbacks.save_pictures import SavePictures
 from datamodules.stream.cursor import CursorDataModule
 from experiments.cli.closing import print_closing
-from experiments.cli.compose import JOBS, packaged_configs
+from experiments.cli.compose import JOBS
 from experiments.cli.explain import explain
 from experiments.cli.run_folder import check_writable, choose_checkpoint
 from experiments.cli.run_lock import locked_run
@@ -50,6 +51,17 @@ class OneLineParser(LightningArgumentParser):
             super().error(message, ex)
         options = [action.dest for action in self._actions if not action.dest.endswith("help")]
         raise ConfigError(explain(str(message), options)) from ex
+
+
+class _HelpAll(argparse.Action):
+    """What ``--help`` does in other programs."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str, **ignored: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *ignored: Any) -> NoReturn:
+        parser.print_help()
+        parser.exit()
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -100,10 +112,7 @@ class ExperimentCLI(LightningCLI):
                 "parser_mode": "omegaconf+",
                 "prog": "python -m experiments.run",
                 "usage": f"python -m experiments.run [{'|'.join(JOBS)}] --config NAME [--KEY=VALUE ...]",
-                "description": (
-                    "Align a text-to-image diffusion model, or evaluate one. Without a job word: fit. "
-                    f"Packaged configs: {', '.join(packaged_configs())}. --model.help CLASS explains a class."
-                ),
+                "description": "Every option and its default; --help is shorter, --model.help CLASS explains a class.",
                 "allow_abbrev": False,
             },
             save_config_callback=SaveRunConfig,
@@ -116,6 +125,7 @@ class ExperimentCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # What predict draws. The other jobs leave it alone, so that one YAML serves all.
         parser.add_lightning_class_args(SavePictures, "pictures")
+        parser.add_argument("--help_all", action=_HelpAll, help="Show this and exit; --help is a shorter page.")
         parser.add_argument(
             "--run_dir", type=str | None, default=None, help="Folder of this run; default runs/<config>."
         )

@@ -46,7 +46,7 @@ def _unknown_option(key: str, owner: str | None, found: re.Match[str], options: 
     if owner is None:
         top = [*options, *{option.split(".")[0] for option in options}]
         close = nearest(name, top) or nearest(name.split(".")[0], top)
-        return f"setting {name!r} does not exist{close}; --help lists all"
+        return f"setting {name!r} does not exist{close}; --help_all lists all"
     name = name.split(".")[0]
     choices = [parameter for parameter in inspect.signature(_load(owner)).parameters if parameter != "self"]
     where = f"{key}.{name}" if key else name

@@ -12,10 +12,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.cli.callback_words import with_callbacks
 from experiments.cli.compose import CommandLine, packaged_configs, settings
+from experiments.cli.help_page import with_named_classes
 from experiments.cli.saved_settings import SavedSettings, saved_files
 from experiments.cli.tree import MISSING, find, plain, put, references, remove, switch_class, within
+from experiments.cli.words import with_callbacks, with_structures
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import resolved_path
 
@@ -58,10 +59,10 @@ class Start:
             tree = deepcopy(saved.tree)
         elif saved is not None:
             _keep(saved, tree, given)
-        words = with_callbacks(tree, line.overrides)
+        words = with_structures(tree, with_callbacks(tree, line.overrides))
         for key, value in settings(words):
             switch_class(tree, key, value)
-        return Start(line, run_dir, saved, tree, words)
+        return Start(line, run_dir, saved, tree, with_named_classes(tree, words))
 
     @property
     def by_hand(self) -> list[str]:
