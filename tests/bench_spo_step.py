@@ -17,12 +17,13 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from large_unet import SIDE, WIDTH, save_a_35m_unet
+from tiny_world import trained_parameters
 from torch.nn.functional import logsigmoid
 
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.batches import Conditioning, StepPairs
 from lightning_modules.objectives import SPO
-from lightning_modules.policies.adaptation import LoRA
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff
 from lightning_modules.schedules.base import gaussian_log_prob
@@ -85,7 +86,7 @@ def step(module, loss):
     value = loss()
     value.backward()
     seconds = time.process_time() - start
-    gradient = torch.cat([p.grad.flatten() for p in module.policy.trainable_parameters()])
+    gradient = torch.cat([p.grad.flatten() for p in trained_parameters(module.policy)])
     return value.item(), gradient, seconds
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
+from tiny_world import trained_parameters
 from torch.utils.data import DataLoader
 
 from callbacks.resume.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
@@ -16,7 +17,8 @@ from lightning_modules.batches import LatentPairs, PreferencePairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.learning_rates import ConstantWithWarmup, CosineWithWarmup
 from lightning_modules.objectives import DPO, SFT
-from lightning_modules.policies.adaptation import FullFineTuning, LoRA
+from lightning_modules.policies.adaptation import FullFineTuning
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff, FrozenCopy
 
@@ -86,7 +88,7 @@ def test_first_loss_is_ln_2_because_policy_and_reference_are_one(pipelines):
     assert output.loss.item() == pytest.approx(math.log(2), abs=1e-7)
     assert output.metrics["accuracy"].item() == 0.5
     output.loss.backward()
-    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in module.policy.trainable_parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trained_parameters(module.policy))
 
 
 def test_adapter_off_equals_a_frozen_copy_bit_for_bit(pipelines):
@@ -96,7 +98,7 @@ def test_adapter_off_equals_a_frozen_copy_bit_for_bit(pipelines):
     copy = FrozenCopy()
     copy.attach(plain)
     module.setup("fit")
-    for parameter in module.policy.trainable_parameters():
+    for parameter in trained_parameters(module.policy):
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     pairs = module._encode_images(batch(0, 2), "train")
     query = module.objective.query(

@@ -35,7 +35,8 @@ from experiments.prepare_pickapic import main
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.objectives.sft import SFT
-from lightning_modules.policies.adaptation import FullFineTuning, LoRA
+from lightning_modules.policies.adaptation import FullFineTuning
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 
 

@@ -17,7 +17,8 @@ from datamodules.step_pool import StepPoolDataModule
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.batches import PreferencePairs
 from lightning_modules.objectives import DPO, SFT, SPO
-from lightning_modules.policies.adaptation import FullFineTuning, LoRA
+from lightning_modules.policies.adaptation import FullFineTuning
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff, FrozenCopy
 from lightning_modules.rewards.base import RewardModel

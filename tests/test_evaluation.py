@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from tiny_regression import Sends
-from tiny_world import PROMPTS, QUICK, make, pairs, trainer
+from tiny_world import PROMPTS, QUICK, make, pairs, trained_parameters, trainer
 from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
 
@@ -18,7 +18,7 @@ from callbacks.resume.preemption import SIGNALS, Preemption
 from callbacks.sample_grid import SampleGrid
 from callbacks.win_rate import WinRate
 from experiments.cli.command import run_command
-from lightning_modules.policies.adaptation import LoRA
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.references import AdapterOff
 from lightning_modules.rewards.base import RewardModel
 
@@ -82,7 +82,7 @@ def fit(pipelines, folder, *callbacks, every_n_steps=100, resume=False, steps=5,
     )  # fmt: skip
     checkpoint = newest_checkpoint(folder / "checkpoints") if resume else None
     running.fit(module, DataLoader([next(iter(pairs(1)))] * 4, batch_size=None), ckpt_path=checkpoint)
-    return torch.cat([parameter.detach().flatten() for parameter in module.policy.trainable_parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in trained_parameters(module.policy)])
 
 
 def history(folder):

@@ -10,7 +10,8 @@ from tiny_world import make, pairs, trainer
 
 from callbacks.export_policy import ExportPolicy, exports
 from callbacks.resume.checkpointing import RunCheckpoint
-from lightning_modules.policies.adaptation import FullFineTuning, LoRA
+from lightning_modules.policies.adaptation import FullFineTuning
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.references import AdapterOff, FrozenCopy
 from lightning_modules.rewards.step_aware import StepAwarePreferenceModel
 

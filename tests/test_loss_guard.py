@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
-from tiny_world import make, pairs, trainer
+from tiny_world import make, pairs, trained_parameters, trainer
 from torch.utils.data import DataLoader
 
 from callbacks.loss_guard import LossGuard
@@ -33,7 +33,7 @@ class SpoilsGradient(Callback):
 
     def on_after_backward(self, trainer, module):
         if self.here:
-            next(iter(module.policy.trainable_parameters())).grad.view(-1)[0] = self.factor
+            next(iter(trained_parameters(module.policy))).grad.view(-1)[0] = self.factor
 
 
 def batches(*numbers, spoiled=None):
@@ -55,7 +55,7 @@ def fit(pipelines, folder, data, *callbacks, guard=None, **options):
 def state(module, running):
     """What a step changes: trained weights and the optimizer's moments and counts."""
     moments = running.optimizers[0].state_dict()["state"]
-    found = [parameter.detach() for parameter in module.policy.trainable_parameters()]
+    found = [parameter.detach() for parameter in trained_parameters(module.policy)]
     return [*found, *(value for entry in moments.values() for value in entry.values())]
 
 
@@ -96,15 +96,15 @@ def test_nothing_but_faulty_steps_ends_the_run_in_one_line(pipelines, tmp_path):
     """Spoiled weights of an attention: torch's, on a CPU, gives 0 for them, so that the gradient alone tells."""
     module = make(pipelines, reference=AdapterOff())
     with torch.no_grad():
-        next(iter(module.policy.trainable_parameters())).fill_(torch.nan)
-    before = [parameter.detach().nan_to_num(7.0) for parameter in module.policy.trainable_parameters()]
+        next(iter(trained_parameters(module.policy))).fill_(torch.nan)
+    before = [parameter.detach().nan_to_num(7.0) for parameter in trained_parameters(module.policy)]
     guard = LossGuard(max_in_a_row=3)
     running = trainer(tmp_path, guard, max_epochs=1)
     with pytest.raises(
         DivergenceError, match=r"^3 optimizer steps in a row .* step 2: the gradient .* \(samples 4, 5\);"
     ):
         running.fit(module, pairs(8))
-    after = [parameter.detach().nan_to_num(7.0) for parameter in module.policy.trainable_parameters()]
+    after = [parameter.detach().nan_to_num(7.0) for parameter in trained_parameters(module.policy)]
     assert all(torch.equal(one, other) for one, other in zip(before, after))
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from tiny_world import trained_parameters
 from transformers import CLIPTextModel
 
+from lightning_modules import policies
 from lightning_modules.batches import Conditioning, DenoiserQuery
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies import FullFineTuning, LoRA, StableDiffusion, StableDiffusionXL
@@ -25,6 +29,7 @@ KINDS = {
     "sd": (StableDiffusion, SD, StableDiffusionPipeline),
     "sdxl": (StableDiffusionXL, SDXL, StableDiffusionXLPipeline),
 }
+TEXT_ENCODERS = {"sd": {"text_encoder"}, "sdxl": {"text_encoder", "text_encoder_2"}}
 UPPER_BOUND_OF_BF16 = 0.02  # of the largest value: 8 bits of precision through a few layers
 
 
@@ -54,7 +59,7 @@ def make_query(policy, guidance_scale=1.0, prompts=("a cat", "two dogs"), time_i
 
 def perturb(policy):
     """Move the trained weights away from where they started, as training would."""
-    for index, parameter in enumerate(policy.trainable_parameters()):
+    for index, parameter in enumerate(trained_parameters(policy)):
         noise = torch.randn(parameter.shape, generator=generator("perturb", index))
         parameter.data.add_(0.1 * noise)
     return policy
@@ -62,6 +67,23 @@ def perturb(policy):
 
 def added_conditions(cond, time_ids):
     return None if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": time_ids}
+
+
+def test_a_name_of_the_package_imports_what_it_needs_alone():
+    code = """
+import sys
+from lightning_modules.policies import DiffusionPolicy, FullFineTuning
+print({"diffusers", "peft", "transformers"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_every_name_of_the_package_is_there():
+    assert set(policies.__all__) == set(policies._MODULES)
+    assert all(getattr(policies, name).__name__ == name for name in policies.__all__)
+    with pytest.raises(AttributeError, match="'Stable'"):
+        _ = policies.Stable
 
 
 class TestText:
@@ -127,7 +149,7 @@ class TestPredictNoise:
     def test_gradient_flows_through_both_branches(self):
         policy = perturb(make_policy())
         policy.predict_noise(make_query(policy, guidance_scale=0.0)).square().mean().backward()
-        assert all(parameter.grad is not None for parameter in policy.trainable_parameters())
+        assert all(parameter.grad is not None for parameter in trained_parameters(policy))
 
     def test_missing_time_ids_mean_an_uncropped_picture_of_the_latents_size(self):
         policy = make_policy("sdxl")
@@ -188,7 +210,7 @@ class TestTraining:
             assert parameter.requires_grad == is_lora
             assert (parameter.grad is not None) == is_lora
             assert parameter.dtype == (torch.float32 if is_lora else base)
-        assert all(parameter.grad.abs().sum() > 0 for parameter in policy.trainable_parameters())
+        assert all(parameter.grad.abs().sum() > 0 for parameter in trained_parameters(policy))
 
     @pytest.mark.parametrize("text_encoder", [False, True])
     def test_full_fine_tuning_trains_the_unet_in_fp32(self, kind, text_encoder):
@@ -197,14 +219,6 @@ class TestTraining:
             trains = name.startswith("unet.") or (text_encoder and name.startswith("text_encoder"))
             assert parameter.requires_grad == trains
             assert parameter.dtype == (torch.float32 if trains else torch.bfloat16)
-
-    def test_names_and_parameters_agree(self, kind):
-        policy = make_policy(kind)
-        parameters = dict(policy.named_parameters())
-        assert all(
-            parameters[name] is parameter
-            for name, parameter in zip(policy.trainable_names, policy.trainable_parameters(), strict=True)
-        )
 
     def test_lora_starts_as_the_base_model(self, kind):
         policy = make_policy(kind)
@@ -215,10 +229,10 @@ class TestTraining:
     def test_frozen_networks_stay_in_eval_mode(self, kind):
         policy = make_policy(kind).train()
         assert policy.unet.training
-        assert not any(network.training for network in (policy.vae, *policy.text_encoders))
+        assert not any(network.training for network in policy.encoders().values())
         trained = make_policy(kind, FullFineTuning(text_encoder=True)).train()
-        assert all(encoder.training for encoder in trained.text_encoders)
-        assert not any(encoder.training for encoder in trained.eval().text_encoders)
+        assert {n for n, encoder in trained.encoders().items() if encoder.training} == TEXT_ENCODERS[kind]
+        assert not any(encoder.training for encoder in trained.eval().encoders().values())
 
     @pytest.mark.parametrize("adaptation", [LoRA(), FullFineTuning()])
     def test_gradient_checkpointing_leaves_the_gradient_as_it_is(self, kind, adaptation):
@@ -228,7 +242,7 @@ class TestTraining:
             policy = perturb(make_policy(kind, adaptation, gradient_checkpointing=checkpointing))
             assert policy.unet.is_gradient_checkpointing == checkpointing
             policy.predict_noise(make_query(policy)).square().mean().backward()
-            gradients.append([parameter.grad for parameter in policy.trainable_parameters()])
+            gradients.append([parameter.grad for parameter in trained_parameters(policy)])
         torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
 
     def test_targets_that_no_layer_has_are_refused(self):
@@ -248,7 +262,7 @@ class TestAdaptersDisabled:
 
     def test_leaves_requires_grad_as_it_was_even_after_an_error(self):
         policy = make_policy()
-        some = list(policy.trainable_parameters())[3]
+        some = list(trained_parameters(policy))[3]
         some.requires_grad_(False)
         before = [parameter.requires_grad for parameter in policy.parameters()]
         with pytest.raises(RuntimeError, match="stop"), policy.adapters_disabled():
@@ -259,13 +273,13 @@ class TestAdaptersDisabled:
         policy = perturb(make_policy())
         query = make_query(policy)
         policy.predict_noise(query).square().mean().backward()
-        expected = [parameter.grad.clone() for parameter in policy.trainable_parameters()]
+        expected = [parameter.grad.clone() for parameter in trained_parameters(policy)]
         policy.zero_grad()
         loss = policy.predict_noise(query).square().mean()
         with policy.adapters_disabled(), torch.no_grad():
             policy.predict_noise(query)
         loss.backward()
-        for parameter, gradient in zip(policy.trainable_parameters(), expected, strict=True):
+        for parameter, gradient in zip(trained_parameters(policy), expected, strict=True):
             assert torch.equal(parameter.grad, gradient)
 
     def test_full_fine_tuning_has_none(self):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from tiny_regression import Regression, Sends, Validated, fit
-from tiny_world import make, trainer
+from tiny_world import make, trained_parameters, trainer
 from torch.multiprocessing import ProcessExitedException
 
 from callbacks.resume.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
@@ -350,7 +350,7 @@ def pools(pipelines, folder, at=None, resume=False):
     newest = newest_checkpoint(folder / "checkpoints")
     assert (newest is not None) == resume
     running.fit(module, data, ckpt_path=newest)
-    return torch.cat([parameter.detach().flatten() for parameter in module.policy.trainable_parameters()]), scorer
+    return torch.cat([parameter.detach().flatten() for parameter in trained_parameters(module.policy)]), scorer
 
 
 @pytest.fixture(scope="module")

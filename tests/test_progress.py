@@ -10,7 +10,7 @@ from tiny_world import make, pairs, trainer
 from callbacks.run_progress import RunProgress, trained_share
 from experiments.cli.closing import print_closing
 from lightning_modules import progress
-from lightning_modules.policies.adaptation import LoRA
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.progress import Work
 from lightning_modules.references import AdapterOff
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_world import trained_parameters
 from toy_world import Lenient, Strict, start, toy_folder
 
 from datamodules.shapes.drawing import prompt_splits
@@ -302,7 +303,7 @@ def world(tmp_path_factory, pipelines):
 
 
 def weights(cli):
-    return torch.cat([parameter.detach().flatten() for parameter in cli.model.policy.trainable_parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in trained_parameters(cli.model.policy)])
 
 
 def test_fit_test_predict_and_an_exact_resume(folder, world, capsys):

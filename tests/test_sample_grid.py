@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_world import PROMPTS, QUICK, make, pairs, trainer
+from tiny_world import PROMPTS, QUICK, make, pairs, trained_parameters, trainer
 from torch.utils.data import DataLoader
 
 from callbacks.sample_grid import CELL, SampleGrid, grid_picture
@@ -16,7 +16,8 @@ from datamodules.prompts import prompt_texts
 from datamodules.shapes.drawing import prompt_splits
 from lightning_modules.errors import ConfigError
 from lightning_modules.objectives import SFT
-from lightning_modules.policies.adaptation import FullFineTuning, LoRA
+from lightning_modules.policies.adaptation import FullFineTuning
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.references import AdapterOff
 
 
@@ -61,7 +62,7 @@ def test_training_is_the_same_with_and_without_it(tmp_path, pipelines):
     for grids in ([], [grid(every_n_steps=1)]):
         module = make(pipelines, LoRA(), AdapterOff())
         trainer(tmp_path, *grids, max_steps=2, accumulate_grad_batches=2).fit(module, pairs())
-        weights.append(torch.cat([p.detach().flatten() for p in module.policy.trainable_parameters()]))
+        weights.append(torch.cat([p.detach().flatten() for p in trained_parameters(module.policy)]))
     assert torch.equal(*weights)
 
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from tiny_world import trained_parameters
 
 from lightning_modules.errors import ConfigError
-from lightning_modules.policies.adaptation import FullFineTuning, LoRA
+from lightning_modules.policies.adaptation import FullFineTuning
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.policies.sdxl import StableDiffusionXL
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff
@@ -17,7 +19,7 @@ PROMPTS = ["a red cube", "two green triangles on a white background"]
 def trained(policy):
     """The policy with its trainable weights moved visibly."""
     g = torch.Generator().manual_seed(5)
-    for parameter in policy.trainable_parameters():
+    for parameter in trained_parameters(policy):
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=g)
     return policy.eval()
 

@@ -27,7 +27,8 @@ from transformers.optimization import Adafactor
 
 from callbacks.loss_guard import LossGuard
 from lightning_modules.errors import ConfigError
-from lightning_modules.policies.adaptation import FullFineTuning, LoRA
+from lightning_modules.policies.adaptation import FullFineTuning
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.references import AdapterOff, FrozenCopy
 from lightning_modules.weights.averaging import ExponentialMovingAverage
 from lightning_modules.weights.sharding import FullyShardedStrategy, whole, whole_tensor

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from lightning.pytorch import Callback
 from safetensors.torch import load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_world import make, trainer
+from tiny_world import make, trained_parameters, trainer
 from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
@@ -88,7 +88,7 @@ def fit(pipelines, folder, pools, *callbacks, objective=None, ckpt_path=None, ch
 
 
 def trained(module):
-    return torch.cat([parameter.detach().flatten() for parameter in module.policy.trainable_parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in trained_parameters(module.policy)])
 
 
 def pools_in(folder):
@@ -193,7 +193,7 @@ def test_a_fingerprint_follows_trained_weights_and_settings_alone(pipelines):
     before = fingerprint(policy)
     assert fingerprint(policy.train()) == before
     with torch.no_grad():
-        next(iter(policy.trainable_parameters())).view(-1)[3] += 1e-6
+        next(iter(trained_parameters(policy))).view(-1)[3] += 1e-6
     assert fingerprint(policy) != before
     assert fingerprint(RandomScorer(1.0)) != fingerprint(RandomScorer(2.0))
 

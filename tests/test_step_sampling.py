@@ -6,10 +6,11 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from safetensors import safe_open
+from tiny_world import trained_parameters
 
 from lightning_modules.batches import Conditioning
 from lightning_modules.errors import ConfigError
-from lightning_modules.policies.adaptation import LoRA
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.policies.sdxl import StableDiffusionXL
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.policies.tiny_decoder import TinyDecoder
@@ -356,7 +357,7 @@ def test_sampling_leaves_mode_gradients_and_the_global_generator_alone(sd15):
     assert sd15.unet.training
     assert not sd15.vae.training
     assert not result.pairs.chosen.requires_grad
-    assert all(p.grad is None for p in sd15.trainable_parameters())
+    assert all(p.grad is None for p in trained_parameters(sd15))
     sd15.eval()
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from tiny_world import PROMPTS, QUICK, make, pairs, trainer
+from tiny_world import PROMPTS, QUICK, make, pairs, trained_parameters, trainer
 from torch.utils.data import DataLoader
 
 from callbacks.evaluation.report import Report
@@ -16,7 +16,8 @@ from callbacks.evaluation.statistics import Mean, WinCount, wilson_interval
 from callbacks.win_rate import WinRate
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.objectives import SFT
-from lightning_modules.policies.adaptation import FullFineTuning, LoRA
+from lightning_modules.policies.adaptation import FullFineTuning
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.references import AdapterOff, FrozenCopy
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.sampling.pictures import Sampler
@@ -145,7 +146,7 @@ def test_training_is_the_same_with_and_without_it(tmp_path, pipelines):
         module = make(pipelines, LoRA(), AdapterOff())
         # Every second batch is judged with gradients of half a step in place.
         trainer(tmp_path, *judges, max_steps=2, accumulate_grad_batches=2).fit(module, pairs())
-        weights.append(torch.cat([p.detach().flatten() for p in module.policy.trainable_parameters()]))
+        weights.append(torch.cat([p.detach().flatten() for p in trained_parameters(module.policy)]))
     assert torch.equal(*weights)
     assert [entry["step"] for entry in history(tmp_path)] == [1, 2]
     assert module.policy.unet.training

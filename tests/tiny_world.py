@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.batches import PreferencePairs
 from lightning_modules.objectives import DPO
-from lightning_modules.policies.adaptation import LoRA
+from lightning_modules.policies.lora import LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.sampling.pictures import Sampler
 
@@ -20,6 +20,10 @@ def make(pipelines, adaptation=None, reference=None, objective=None, ema=None):
     policy = StableDiffusion(str(pipelines / "tiny-sd15"), adaptation or LoRA())
     optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=0.01)  # noqa: E731
     return AlignmentModule(policy, objective or DPO(), reference, optimizer, ema=ema)
+
+
+def trained_parameters(policy):
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
 
 def pairs(batches=4):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import nn
 
 from datamodules.shards.manifest import LatentsKey
 from lightning_modules.errors import ConfigError, DataError
@@ -22,13 +21,13 @@ def latents_fingerprint(policy: DiffusionPolicy, resolution: int, crop: str, dty
     covers their data type too, for a VAE gives other latents in half precision.
 
     Args:
-        policy: has ``vae`` and ``text_encoders``.
+        policy: its ``encoders`` made them.
         resolution: side of the encoded squares, in pixels.
         crop: how they were cut out, "centre".
         dtype: what the latents are stored in, "float16" or "float32".
     """
     digest = hashlib.blake2b(repr(("latents", 1, resolution, crop, dtype)).encode(), digest_size=16)
-    for module in _encoders(policy):
+    for module in policy.encoders().values():
         config = getattr(module, "config", None)
         digest.update(repr([(name, getattr(config, name, None)) for name in _CONFIG_FIELDS]).encode())
         for parameter in module.parameters():
@@ -36,14 +35,6 @@ def latents_fingerprint(policy: DiffusionPolicy, resolution: int, crop: str, dty
             digest.update(repr((tuple(data.shape), str(data.dtype))).encode())
             digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _encoders(policy: DiffusionPolicy) -> list[nn.Module]:
-    try:
-        vae, text_encoders = policy.vae, policy.text_encoders
-    except AttributeError as error:
-        raise ConfigError(f"{type(policy).__name__} has no VAE and text encoders to cache the outputs of") from error
-    return [vae, *text_encoders]  # type: ignore[list-item,misc]  # nn.Module's attributes are Tensor | Module
 
 
 def check_latents(found: LatentsKey, policy: DiffusionPolicy, resolution: int) -> None:
@@ -57,7 +48,7 @@ def check_latents(found: LatentsKey, policy: DiffusionPolicy, resolution: int) -
             f"the latents were encoded at {found.resolution} px, this run asks for {resolution} px; "
             f"set resolution to {found.resolution} or prepare again with --resolution {resolution}"
         )
-    if any(parameter.requires_grad for module in _encoders(policy)[1:] for parameter in module.parameters()):
+    if any(parameter.requires_grad for module in policy.encoders().values() for parameter in module.parameters()):
         raise ConfigError("this run trains its text encoder, cached prompt embeddings would go stale; use pixel shards")
     expected = latents_fingerprint(policy, resolution, found.crop, found.dtype)
     if found.hash != expected:

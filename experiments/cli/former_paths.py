@@ -17,9 +17,10 @@ FORMER_MODULES = frozenset(
         "callbacks.export", "callbacks.generation", "callbacks.pictures", "callbacks.preemption",
         "callbacks.statistics", "datamodules.loading", "datamodules.order", "datamodules.pool_folder",
         "datamodules.shapes", "datamodules.shards", "lightning_modules.autoencoder", "lightning_modules.averaging",
-        "lightning_modules.objectives.dpo", "lightning_modules.pretrained", "lightning_modules.rewards",
-        "lightning_modules.rewards.shapes", "lightning_modules.sampling", "lightning_modules.schedule",
-        "lightning_modules.sharding", "lightning_modules.step_sampling", "lightning_modules.step_scoring",
+        "lightning_modules.objectives.dpo", "lightning_modules.policies.adaptation", "lightning_modules.pretrained",
+        "lightning_modules.rewards", "lightning_modules.rewards.shapes", "lightning_modules.sampling",
+        "lightning_modules.schedule", "lightning_modules.sharding", "lightning_modules.step_sampling",
+        "lightning_modules.step_scoring",
     }
 )  # fmt: skip
 _PATH = re.compile(r"\b((?:lightning_modules|datamodules|callbacks)(?:\.\w+)*)\.([A-Z]\w*)\b")

@@ -1,18 +1,46 @@
 """Policies: text-to-image diffusion models behind one interface."""
 
-from lightning_modules.policies.adaptation import Adaptation, Frozen, FullFineTuning, LoRA
-from lightning_modules.policies.base import DiffusionPolicy
-from lightning_modules.policies.sdxl import StableDiffusionXL
-from lightning_modules.policies.stable_diffusion import StableDiffusion
-from lightning_modules.policies.tiny_decoder import TinyDecoder
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_modules.policies.adaptation import Adaptation, Frozen, FullFineTuning
+    from lightning_modules.policies.base import DiffusionPolicy
+    from lightning_modules.policies.latent_diffusion import LatentDiffusion
+    from lightning_modules.policies.lora import LoRA
+    from lightning_modules.policies.sdxl import StableDiffusionXL
+    from lightning_modules.policies.stable_diffusion import StableDiffusion
+    from lightning_modules.policies.tiny_decoder import TinyDecoder
 
 __all__ = [
     "Adaptation",
     "DiffusionPolicy",
     "Frozen",
     "FullFineTuning",
+    "LatentDiffusion",
     "LoRA",
     "StableDiffusion",
     "StableDiffusionXL",
     "TinyDecoder",
 ]
+
+# diffusers, peft and transformers take seconds to import: a name brings in its own module alone.
+_MODULES = {
+    "Adaptation": "adaptation",
+    "DiffusionPolicy": "base",
+    "Frozen": "adaptation",
+    "FullFineTuning": "adaptation",
+    "LatentDiffusion": "latent_diffusion",
+    "LoRA": "lora",
+    "StableDiffusion": "stable_diffusion",
+    "StableDiffusionXL": "sdxl",
+    "TinyDecoder": "tiny_decoder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

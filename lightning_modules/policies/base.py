@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -21,8 +22,10 @@ class DiffusionPolicy(nn.Module, ABC):
     Attributes:
         schedule: the noise schedule that the checkpoint was trained with.
         latent_channels: c.
-        downscale: pixels a latent cell, along one side.
+        downscale: pixels per latent cell, along one side.
         image_size: side of the pictures it makes, in pixels, unless told otherwise.
+        denoiser_name: the denoiser's name in a diffusers pipeline's folder.
+        lora_loader: diffusers' mixin that reads and writes LoRA files of this kind of model.
         blocks: classes of the denoiser's repeating blocks: what is gathered at a time where weights are sharded.
     """
 
@@ -30,6 +33,8 @@ class DiffusionPolicy(nn.Module, ABC):
     latent_channels: int
     downscale: int
     image_size: int
+    denoiser_name: ClassVar[str] = "unet"
+    lora_loader: ClassVar[Any]
     blocks: tuple[type[nn.Module], ...] = ()
 
     @property
@@ -37,13 +42,21 @@ class DiffusionPolicy(nn.Module, ABC):
     def denoiser(self) -> nn.Module:
         """The network under training; what a ``FrozenCopy`` reference copies."""
 
+    @abstractmethod
+    def encoders(self) -> Mapping[str, nn.Module]:
+        """What turns pictures and prompts into latents and conditioning, by name in a diffusers pipeline's folder:
+        the autoencoder, ``vae``, and then every ``text_encoder...``."""
+
     @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """One row a prompt, padded or cut to the tokenizer's length. Gradients flow only if the text encoder trains."""
+        """One row per prompt, padded or cut to the tokenizer's length.
+
+        Gradients flow only if the text encoder trains.
+        """
 
     @abstractmethod
     def encode_images(
@@ -53,7 +66,7 @@ class DiffusionPolicy(nn.Module, ABC):
 
         Args:
             images: RGB in [-1, 1].
-            generators: one a picture to draw from the VAE's posterior; None takes its mean.
+            generators: one per picture, to draw from the VAE's posterior; None takes its mean.
         """
 
     @abstractmethod
@@ -78,15 +91,6 @@ class DiffusionPolicy(nn.Module, ABC):
         Raises:
             ConfigError: the policy has no adapters.
         """
-
-    @property
-    def trainable_names(self) -> tuple[str, ...]:
-        """Names of the parameters under training, as in ``named_parameters()``."""
-        return tuple(name for name, parameter in self.named_parameters() if parameter.requires_grad)
-
-    def trainable_parameters(self) -> Iterable[nn.Parameter]:
-        """The parameters under training, in the order of ``trainable_names``; fp32 whatever the rest is."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:

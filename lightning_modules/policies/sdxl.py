@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lightning_modules.batches import Conditioning
-from lightning_modules.policies.stable_diffusion import StableDiffusion, component_source, load_model, tokenize
+from lightning_modules.policies.latent_diffusion import component_source, load_model
+from lightning_modules.policies.stable_diffusion import StableDiffusion, tokenize
 from lightning_modules.weights.pretrained import Pretrained
 
 
@@ -22,8 +24,9 @@ class StableDiffusionXL(StableDiffusion):
     Conditioning without time ids is taken as an uncropped picture of the size that is being made.
     """
 
-    def _load_text(self, pipeline: Pretrained, variant: str | None) -> None:
-        dtype = self._text_dtype()
+    lora_loader = StableDiffusionXLLoraLoaderMixin
+
+    def _load_text(self, pipeline: Pretrained, variant: str | None, dtype: torch.dtype) -> None:
         self.tokenizer = pipeline.component("tokenizer").load(CLIPTokenizer.from_pretrained, kind="tokenizer")
         self.tokenizer_2 = pipeline.component("tokenizer_2").load(CLIPTokenizer.from_pretrained, kind="tokenizer")
         self.text_encoder = load_model(CLIPTextModel, pipeline, "text_encoder", variant, dtype)
@@ -32,13 +35,6 @@ class StableDiffusionXL(StableDiffusion):
     def _vae_dtype(self, pipeline: Pretrained, override: str | None) -> torch.dtype:
         config = component_source(pipeline, "vae", override).load(AutoencoderKL.load_config)
         return torch.float32 if config.get("force_upcast", True) else self._frozen_dtype
-
-    @property
-    def text_encoders(self) -> list[nn.Module]:
-        return [self.text_encoder, self.text_encoder_2]
-
-    def _adaptable(self) -> dict[str, nn.Module]:
-        return {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
 
     def _encode_text(self, prompts: list[str]) -> Conditioning:
         first_ids = tokenize(self.tokenizer, prompts).to(self.device)

@@ -1,0 +1,231 @@
+"""What Stable Diffusion 1.x, 2.x, XL and their successors have in common: a denoiser in the latent space of a VAE."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_modules.batches import Conditioning, DenoiserQuery
+from lightning_modules.errors import ConfigError
+from lightning_modules.policies.adaptation import Adaptation
+from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.randomness import randn
+from lightning_modules.schedules.base import Schedule
+from lightning_modules.schedules.discrete import NoiseSchedule
+from lightning_modules.weights.pretrained import DTYPES, Pretrained
+
+
+class LatentDiffusion(DiffusionPolicy):
+    """A diffusers pipeline taken apart. Networks that don't train stay frozen and in eval mode.
+
+    A new kind of base model sets ``denoiser_class``, ``denoiser_name``, ``lora_loader`` and ``blocks``, and writes
+    ``_load_text``, ``_encode_text`` and ``_denoise``. Its networks are attributes named as in the pipeline's folder:
+    the denoiser, ``vae``, and every ``text_encoder...``.
+
+    The VAE and frozen text encoders compute in ``frozen_dtype`` whatever autocast says, so that their results
+    are the same in training, in validation and when data is encoded beforehand. The denoiser follows autocast.
+
+    Args:
+        pretrained: the pipeline: a folder, a folder of the installed ``experiments`` package
+            (``embedded/shapes``), or a hub id.
+        adaptation: what trains.
+        revision: branch, tag or commit of ``pretrained`` on the hub.
+        variant: the weights' file variant, such as "fp16".
+        denoiser: another denoiser: the folder or ``organisation/name/subfolder`` that holds its config.json.
+        vae: another VAE, likewise, such as ``madebyollin/sdxl-vae-fp16-fix``.
+        frozen_dtype: number type of the VAE, frozen text encoders and the denoiser's frozen weights. What trains is
+            fp32 always.
+        gradient_checkpointing: recompute the denoiser's activations in the backward pass: less memory, more time.
+        negative_prompt: what guidance contrasts with. None is what the diffusers pipelines do when none is given:
+            the empty prompt for SD, zeros for SDXL.
+
+    Raises:
+        ConfigError: missing or damaged weights, or a VAE with normalisation that is not supported.
+    """
+
+    denoiser_class: ClassVar[Any]
+    # diffusers hides its classes behind a lazy module whose stand-ins the type checker would see.
+    vae: Any
+
+    def __init__(
+        self,
+        pretrained: str,
+        adaptation: Adaptation,
+        revision: str | None = None,
+        variant: str | None = None,
+        denoiser: str | None = None,
+        vae: str | None = None,
+        frozen_dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+        gradient_checkpointing: bool = False,
+        negative_prompt: str | None = "",
+    ) -> None:
+        super().__init__()
+        self.adaptation = adaptation
+        self.negative_prompt = negative_prompt
+        self._frozen_dtype = DTYPES[frozen_dtype]
+        self._negative_cache: dict[torch.device, Conditioning] = {}
+        pipeline = Pretrained.find(pretrained, revision)
+        trained_dtype = torch.float32 if adaptation.trains_denoiser_weights else self._frozen_dtype
+        network = load_model(self.denoiser_class, pipeline, self.denoiser_name, variant, trained_dtype, denoiser)
+        self.add_module(self.denoiser_name, network)
+        self.vae = load_model(AutoencoderKL, pipeline, "vae", variant, self._vae_dtype(pipeline, vae), vae)
+        self._load_text(pipeline, variant, torch.float32 if adaptation.trains_text_encoders else self._frozen_dtype)
+        self.schedule = self._load_schedule(pipeline)
+        self._read_sizes()
+        if gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        self.requires_grad_(False)
+        adaptation.apply(self)
+        self.train()
+
+    # What a kind of base model has of its own
+
+    @abstractmethod
+    def _load_text(self, pipeline: Pretrained, variant: str | None, dtype: torch.dtype) -> None:
+        """Set ``text_encoder``, ... in the given number type, and their tokenizers."""
+
+    @abstractmethod
+    def _encode_text(self, prompts: list[str]) -> Conditioning:
+        """One row per prompt."""
+
+    @abstractmethod
+    def _denoise(
+        self, network: Any, latents: Float[Tensor, "n c h w"], timesteps: Tensor, cond: Conditioning
+    ) -> Float[Tensor, "n c h w"]:
+        """The raw output of ``network``, which is the denoiser or a copy of it, without guidance; fp32."""
+
+    def _completed(self, cond: Conditioning, latents: Float[Tensor, "n c h w"]) -> Conditioning:
+        """The conditioning reduced or filled up to what the denoiser reads."""
+        return cond
+
+    def _encode_negative(self) -> Conditioning:
+        return self.encode_prompts([self.negative_prompt or ""])
+
+    def _load_schedule(self, pipeline: Pretrained) -> Schedule:
+        config = pipeline.component("scheduler").load(DDIMScheduler.load_config, kind="scheduler")
+        return NoiseSchedule.from_scheduler_config(config)
+
+    def _vae_dtype(self, pipeline: Pretrained, override: str | None) -> torch.dtype:
+        return self._frozen_dtype
+
+    def _read_sizes(self) -> None:
+        config = self.vae.config
+        if getattr(config, "latents_mean", None) is not None:
+            raise ConfigError("VAE: per-channel latents_mean and latents_std are not supported; use another VAE.")
+        self.latent_channels = config.latent_channels
+        self.downscale = 2 ** (len(config.block_out_channels) - 1)
+        self.image_size = self.denoiser.config.sample_size * self.downscale
+
+    # Networks
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self, self.denoiser_name)
+
+    def encoders(self) -> Mapping[str, nn.Module]:
+        text = {name: child for name, child in self.named_children() if name.startswith("text_encoder")}
+        return {"vae": self.vae, **text}
+
+    def train(self, mode: bool = True) -> LatentDiffusion:
+        super().train(mode)
+        for name, encoder in self.encoders().items():
+            encoder.train(mode and self.adaptation.trains_text_encoders and name != "vae")
+        return self
+
+    def _without_autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, enabled=False)
+
+    # Text
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        if self.adaptation.trains_text_encoders:
+            return self._encode_text(list(prompts))
+        with torch.no_grad(), self._without_autocast():
+            return self._encode_text(list(prompts))
+
+    def _negative(self, n: int) -> Conditioning:
+        """The negative prompt's conditioning, n rows."""
+        if self.adaptation.trains_text_encoders:
+            return self._encode_negative().repeat_interleave(n)
+        if self.device not in self._negative_cache:
+            # Validation may come first and run in inference mode, whose tensors training could not use later.
+            with torch.inference_mode(False):
+                self._negative_cache[self.device] = self._encode_negative()
+        return self._negative_cache[self.device].repeat_interleave(n)
+
+    # Pictures
+
+    @torch.no_grad()
+    def encode_images(
+        self, images: Float[Tensor, "n 3 H W"], generators: Sequence[torch.Generator] | None = None
+    ) -> Float[Tensor, "n c h w"]:
+        with self._without_autocast():
+            posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        latents = posterior.mean.float()
+        if generators is not None:
+            latents = latents + posterior.std.float() * randn(latents.shape[1:], generators, latents.device)
+        config = self.vae.config
+        return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
+        config = self.vae.config
+        unscaled = latents.float() / config.scaling_factor + (config.shift_factor or 0.0)
+        with self._without_autocast():
+            images = self.vae.decode(unscaled.to(self.vae.dtype)).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    # Denoising
+
+    def predict_noise(self, query: DenoiserQuery, denoiser: nn.Module | None = None) -> Float[Tensor, "n c h w"]:
+        network = self.denoiser if denoiser is None else denoiser
+        cond = self._completed(query.cond, query.latents)
+        if query.guidance_scale == 1:
+            return self._denoise(network, query.latents, query.timesteps, cond)
+        negative = self._completed(self._negative(len(cond)).with_time_ids(cond.time_ids), query.latents)
+        both = self._denoise(
+            network,
+            torch.cat([query.latents, query.latents]),
+            torch.cat([query.timesteps, query.timesteps]),
+            Conditioning.cat([negative, cond]),
+        )
+        unguided, conditional = both.chunk(2)
+        return unguided + query.guidance_scale * (conditional - unguided)
+
+    # Training and export
+
+    def adapters_disabled(self) -> AbstractContextManager[None]:
+        return self.adaptation.disabled(self)
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.adaptation.save(self, Path(folder))
+
+
+def component_source(pipeline: Pretrained, name: str, override: str | None) -> Pretrained:
+    """Where a component comes from: the pipeline, or the place that ``override`` names."""
+    return pipeline.component(name) if override is None else Pretrained.find(override)
+
+
+def load_model(
+    model_class: Any,
+    pipeline: Pretrained,
+    name: str,
+    variant: str | None,
+    dtype: torch.dtype,
+    override: str | None = None,
+) -> Any:
+    """Load a component of the pipeline, or the one that ``override`` names, in the given number type."""
+    source = component_source(pipeline, name, override)
+    options = {} if variant is None or override is not None else {"variant": variant}
+    # Published files may be fp16; diffusers and transformers have different words for the type to load them in.
+    word = "torch_dtype" if hasattr(model_class, "load_config") else "dtype"
+    return source.load(partial(model_class.from_pretrained, **{word: dtype}, **options))
