@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.evaluation.pictures import alignment
+from lightning_modules.files import remove_folder
 from lightning_modules.weights.sharding import whole
 
 
@@ -27,6 +28,14 @@ class ExportPolicy(Callback):
     def __init__(self, every_n_steps: int | None = None, keep: int = 1) -> None:
         self.every_n_steps, self.keep = every_n_steps, keep
         self._exported_at: int | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop the exports of later steps: a run that went back leaves them behind, and the newest is its own."""
+        if trainer.is_global_zero:
+            for export in exports(Path(trainer.default_root_dir) / "export"):
+                if int(export.name.removeprefix("step=")) > trainer.global_step:
+                    rank_zero_info(f"{export} is dropped: the run went back to step {trainer.global_step}")
+                    remove_folder(export)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -55,7 +64,7 @@ class ExportPolicy(Callback):
         self._exported_at = trainer.global_step
         if self.keep >= 0 and trainer.is_global_zero:
             for old in exports(folder)[: -self.keep or None]:
-                shutil.rmtree(old)
+                remove_folder(old)
 
 
 def exports(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
+from callbacks.evaluation.kept import drop_later_entries
 from callbacks.evaluation.pictures import alignment, evaluation_mode, policy_step
 from callbacks.evaluation.protocol import Protocol
 from callbacks.evaluation.report import Report
@@ -64,6 +65,11 @@ class WinRate(PolicyEvaluation):
 
         self.validation = protocol(prompt_texts(prompts))
         self.test = None if test_prompts is None else protocol(prompt_texts(test_prompts))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            drop_later_entries(Path(trainer.default_root_dir) / "win_rate.json", trainer.global_step)
+        super().on_train_start(trainer, pl_module)
 
     def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.judge(trainer, pl_module, "val")

@@ -103,6 +103,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder and all in it; killed in the middle it leaves nothing under its name.
+
+    Raises:
+        DataError: the disk does not allow it.
+    """
+    try:
+        doomed = folder.replace(_temporary_sibling(folder))
+    except OSError as error:
+        raise DataError(f"cannot delete {folder}: {error.strerror or error}") from error
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def clear_unfinished(folder: Path, name: str | None = None) -> None:
     """Delete what killed writers left in a folder that has one writer at a time.
 

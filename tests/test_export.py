@@ -88,3 +88,11 @@ def test_plain_diffusers_reads_the_lora(tmp_path, pipelines):
     trained = {name: p for name, p in module.policy.unet.named_parameters() if p.requires_grad}
     assert trained
     assert all(torch.equal(theirs[name], value) for name, value in trained.items())
+
+
+def test_a_run_that_goes_back_keeps_its_own_export(tmp_path, pipelines):
+    """Steps of the line that it left are dropped, where the one just written would be the oldest by its number."""
+    trainer(tmp_path, ExportPolicy(), max_steps=3).fit(make(pipelines, LoRA(), AdapterOff()), pairs())
+    assert [path.name for path in exports(tmp_path / "export")] == ["step=0000003"]
+    trainer(tmp_path, ExportPolicy(), max_steps=1).fit(make(pipelines, LoRA(), AdapterOff()), pairs())
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["step=0000001"]

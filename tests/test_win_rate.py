@@ -11,6 +11,7 @@ from rich.console import Console
 from tiny_world import PROMPTS, QUICK, make, pairs, trained_parameters, trainer
 from torch.utils.data import DataLoader
 
+from callbacks.evaluation.kept import add_entry, drop_later_entries
 from callbacks.evaluation.report import Report
 from callbacks.evaluation.statistics import Mean, WinCount, wilson_interval
 from callbacks.win_rate import WinRate
@@ -219,3 +220,46 @@ def test_bad_settings_are_told(tmp_path, pipelines):
         trainer(tmp_path, win_rate()).test(make(pipelines, LoRA(), AdapterOff()), DataLoader([0]))
     with pytest.raises(UserError, match="nowhere"):
         win_rate(prompts="nowhere.txt")
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("damage", [b"", b"[{", b'{"a": 1}', b'[{"split": 1}]', b"[[[[", b"\xff\xfe", b"null"])
+def test_a_damaged_history_is_set_aside_and_ends_no_run(tmp_path, pipelines, caplog, damage):
+    (tmp_path / "win_rate.json").write_bytes(damage)
+    module = make(pipelines, LoRA(), AdapterOff())
+    trainer(tmp_path, win_rate(every_n_steps=1), max_steps=1).fit(module, pairs())
+    assert [entry["step"] for entry in history(tmp_path)] == [1]
+    assert (tmp_path / "win_rate.json.damaged").read_bytes() == damage
+    (line,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    assert line == f"{tmp_path / 'win_rate.json'} is damaged; set aside as win_rate.json.damaged, and begun again"
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", '{"brightness": [0.1]}', '{"brightness": ["a", "b", "c"]}'])
+def test_damaged_scores_of_the_reference_are_made_again(tmp_path, pipelines, damage):
+    def judged():
+        module = make(pipelines, LoRA(), AdapterOff())
+        trainer(tmp_path, win_rate(every_n_steps=1), max_steps=1).fit(module, pairs())
+        (kept,) = (tmp_path / "win_rate_reference").glob("*.json")
+        return kept, kept.read_bytes()
+
+    kept, whole = judged()
+    kept.write_text(damage)
+    assert judged() == (kept, whole)
+
+
+def test_a_run_that_goes_back_drops_what_it_left_behind(tmp_path):
+    for split, step in (("val", 2), ("val", 4), ("test", 4), ("val", 6)):
+        add_entry(tmp_path / "win_rate.json", {"split": split, "step": step})
+    drop_later_entries(tmp_path / "win_rate.json", 4)
+    assert [(entry["split"], entry["step"]) for entry in history(tmp_path)] == [("val", 2), ("val", 4), ("test", 4)]
+    drop_later_entries(tmp_path / "win_rate.json", 3)
+    assert [(entry["split"], entry["step"]) for entry in history(tmp_path)] == [("val", 2)]
+
+
+def test_the_callback_drops_them(tmp_path, pipelines):
+    add_entry(tmp_path / "win_rate.json", {"split": "test", "step": 9})
+    module = make(pipelines, LoRA(), AdapterOff())
+    trainer(tmp_path, win_rate(every_n_steps=1), max_steps=1).fit(module, pairs())
+    assert [(entry["split"], entry["step"]) for entry in history(tmp_path)] == [("val", 1)]

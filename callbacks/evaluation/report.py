@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from callbacks.evaluation.scores import Scores, read_json
+from callbacks.evaluation.kept import add_entry
+from callbacks.evaluation.scores import Scores
 from callbacks.evaluation.statistics import Mean, WinCount
-from lightning_modules.files import atomic_file
 from lightning_modules.terminal import literal
 
 
@@ -69,10 +68,7 @@ class Report:
 
     def append_to(self, path: Path) -> None:
         """Add this report to the history; one of the same split and step (a repeated evaluation) is replaced."""
-        history = {(entry["split"], entry["step"]): entry for entry in read_json(path) or []}
-        history[self.split, self.step] = asdict(self)
-        with atomic_file(path) as file:
-            file.write(json.dumps(list(history.values()), indent=1).encode())
+        add_entry(path, asdict(self))
 
     def table(self) -> Table:
         """The report for people, at most 80 characters wide; parts stand indented under their reward."""

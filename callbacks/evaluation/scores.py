@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 from jaxtyping import Float
 from torch import Tensor
 
+from callbacks.evaluation.kept import read_kept
 from callbacks.evaluation.pictures import PictureRequest, gathered, make_pictures, my_share
 from callbacks.evaluation.protocol import Protocol
 from lightning_modules.alignment import AlignmentModule
@@ -80,7 +82,8 @@ def reference_scores(trainer: pl.Trainer, module: AlignmentModule, protocol: Pro
     fingerprint = trainer.strategy.broadcast(_fingerprint(trainer, module, protocol, denoise))
     path = Path(trainer.default_root_dir) / "win_rate_reference" / f"{fingerprint}.json"
     # Rank 0 decides for all: another node may not see the file yet.
-    known: Scores | None = trainer.strategy.broadcast(read_json(path) if trainer.is_global_zero else None)
+    kept = read_kept(path, partial(_are_scores, number=len(protocol.requests()))) if trainer.is_global_zero else None
+    known: Scores | None = trainer.strategy.broadcast(kept)
     if known is None:
         known = score_pictures(trainer, module, protocol, denoise, "reference")
         if trainer.is_global_zero:
@@ -104,6 +107,9 @@ def _fingerprint(trainer: pl.Trainer, module: AlignmentModule, protocol: Protoco
     return digest.hexdigest()[:16]
 
 
-def read_json(path: Path) -> Any:
-    """What a file holds, None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _are_scores(value: Any, number: int) -> bool:
+    """Whether a value has ``number`` scores in each of its columns."""
+    return isinstance(value, dict) and all(
+        isinstance(column, list) and len(column) == number and all(isinstance(score, float) for score in column)
+        for column in value.values()
+    )
