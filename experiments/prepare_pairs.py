@@ -2,12 +2,21 @@
 
     python -m experiments.prepare_pairs --input choices.csv --output data/pairs
     python -m experiments.prepare_pairs --input pairs.jsonl --columns chosen=good,rejected=bad --output data/pairs
-    python -m experiments.prepare_pairs --input data/choices/choices.jsonl --output data/pairs
+    python -m experiments.prepare_pairs --input scored.parquet --pairs all --margin 0.5 --output data/pairs
+    python -m experiments.prepare_pairs --input yuvalkirstain/pickapic_v2 --output data/pickapic --workers 16
 
-Input is a .csv, .json or .jsonl table with the columns chosen, rejected and prompt, or image_0, image_1, choice (0, 1
-or tie) and prompt; the choices.jsonl of ``experiments.label``, of which each person's last choice per pair counts and
-skipped pairs do not; or a folder with chosen/NAME.png, rejected/NAME.png and the prompt in NAME.txt beside either.
-Paths count from the table's folder. Parquet files in Pick-a-Pic's form: ``experiments.prepare_pickapic``.
+Input is one of
+  - a .csv, .json, .jsonl or .parquet table (a folder of parquet files, a pattern, a hub id) with a prompt and
+      chosen, rejected                      the better and the worse picture
+      image_0, image_1, choice              0, 1 or tie
+      image_0, image_1, score_0, score_1    the higher score is the better one
+      images, scores                        lists: the best against the worst, or --pairs all
+      image, score                          a row per picture; those of one prompt belong together
+    or in Pick-a-Pic's columns. Pictures are paths, which count from the table's folder, or in parquet bytes. Without
+    a column for the prompt it is read from NAME.txt or NAME.caption beside a picture.
+  - the choices.jsonl of experiments.label: each person's last choice per pair counts, skipped pairs do not
+  - a folder with chosen/NAME.png, rejected/NAME.png and the prompt in NAME.txt or NAME.caption beside either
+  - a .tar of NAME.chosen.png, NAME.rejected.png and NAME.json with a caption (data.shards reads it as it is, too)
 
 The pictures' bytes pass through untouched, and go through the same checks and counts as Pick-a-Pic's: what several
 people chose alike is one pair, and counted as a duplicate.
@@ -19,21 +28,27 @@ import argparse
 import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 
 from datamodules.shards.manifest import Manifest
 from experiments import prepare_pickapic
 from experiments.cli.command import run_command
-from experiments.preparation.pair_tables import FilePair, read_file_pairs
+from experiments.preparation.pair_inputs import FORMS, find_tables, is_pickapic, read_pairs
+from experiments.preparation.pair_rows import FilePair, FromScores, Picture
 from experiments.preparation.pickapic_schema import SCHEMA
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.files import resolved_path
 
-BLOCK = 64  # pairs whose pictures are in memory at once
+BLOCK = 64  # pairs per row group, and in memory at once
+_PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_SCHEMA = pa.schema(
+    [pa.field(field.name, _PICTURE if field.name in ("jpg_0", "jpg_1") else field.type) for field in SCHEMA]
+)
 
 
 def main(argv: Sequence[str] | None = None) -> Manifest:
@@ -43,37 +58,52 @@ def main(argv: Sequence[str] | None = None) -> Manifest:
         UserError: something that the user can mend; the command line shows it as one line.
     """
     args = _parser().parse_args(argv)
-    place = args.input
-    pairs = read_file_pairs(place, _columns(args.columns))
-    Console().print(f"{len(pairs)} pairs in {args.input}", markup=False, highlight=False, soft_wrap=True)
-    words = ["--output", str(args.output), "--shard-size", str(args.shard_size)]
+    words = ["--output", str(args.output), "--shard-size", str(args.shard_size), "--split", args.split]
     words += ["--workers", str(args.workers), *(["--keep-ties"] if args.keep_ties else [])]
-    for name in ("encode_with", "resolution", "dtype"):
+    for name in ("limit", "encode_with", "resolution", "dtype"):
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    tables = find_tables(args.input, args.split)
+    if all(map(is_pickapic, tables)) and not args.columns:
+        return prepare_pickapic.main(["--input", *map(str, tables), *words])
+    columns, from_scores = _columns(args.columns), FromScores(args.pairs == "all", args.margin)
+    pairs = (pair for table in tables for pair in read_pairs(table.resolve(), columns, from_scores))
     with tempfile.TemporaryDirectory(prefix="pairs-") as folder:
-        file = Path(folder) / place.name  # by which damaged rows are named
-        digest = hashlib.blake2b(digest_size=16)
-        with pq.ParquetWriter(file, SCHEMA, compression="none") as writer:
-            for first in range(0, len(pairs), BLOCK):
-                rows = list(_rows(pairs[first : first + BLOCK]))
-                digest.update(repr(rows).encode())
-                writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=BLOCK)
-            # The footer stands for the file when a preparation is resumed: it has to change with any picture.
-            writer.add_key_value_metadata({"pairs": digest.hexdigest()})
+        file = Path(folder) / tables[0].name  # by which damaged rows are named
+        if not _write_rows(file, pairs):
+            raise DataError(f"--input {args.input} holds no pairs; give {FORMS}")
         return prepare_pickapic.main(["--input", str(file), *words])
 
 
-def _rows(pairs: Sequence[FilePair]) -> Iterator[dict[str, object]]:
-    """In Pick-a-Pic's form."""
-    for pair in pairs:
-        try:
-            first, second = pair.first.read_bytes(), pair.second.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
-        row = dict.fromkeys(SCHEMA.names)
-        row |= {"jpg_0": first, "jpg_1": second, "caption": pair.prompt, "has_label": True}
-        yield row | {"label_0": pair.label, "label_1": 1.0 - pair.label}
+def _write_rows(file: Path, pairs: Iterator[FilePair]) -> int:
+    """Write pairs in Pick-a-Pic's form, files by their path; their number."""
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    with pq.ParquetWriter(file, _SCHEMA, compression="none") as writer:
+        while block := list(islice(pairs, BLOCK)):
+            rows = [_row(pair) for pair in block]
+            for pair, row in zip(block, rows, strict=True):
+                digest.update(repr((row, _stamp(pair.first), _stamp(pair.second))).encode())
+            writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), row_group_size=BLOCK)
+            count += len(block)
+        # The footer stands for the file when a preparation is resumed: it has to change with any picture.
+        writer.add_key_value_metadata({"pairs": digest.hexdigest()})
+    return count
+
+
+def _row(pair: FilePair) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
+    for column, picture in (("jpg_0", pair.first), ("jpg_1", pair.second)):
+        is_file = isinstance(picture, Path)
+        row[column] = {"bytes": None if is_file else picture, "path": str(picture) if is_file else None}
+    return row | {"caption": pair.prompt, "has_label": True, "label_0": pair.label, "label_1": 1.0 - pair.label}
+
+
+def _stamp(picture: Picture) -> tuple[int, int] | None:
+    """What tells a file that has been written again; bytes stand for themselves."""
+    if not isinstance(picture, Path):
+        return None
+    status = picture.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _columns(text: str | None) -> dict[str, str]:
@@ -95,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--input", type=resolved_path, required=True, metavar="IN", help="table, choices.jsonl, or folder of pictures")
+    add("--input", required=True, metavar="IN", help="table, folder of pictures, tar file or hub id, see below")
     add(
         "--output",
         type=resolved_path,
@@ -104,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for the shards; made where needed",
     )
     add("--columns", metavar="ROLE=NAME,...", help="the table's names of chosen, rejected, prompt, ...")
+    add("--split", default="train", help="which files of a folder of parquet files or of a hub id (train)")
+    add("--pairs", choices=("best-worst", "all"), default="best-worst", help="of pictures with scores (best-worst)")
+    add("--margin", type=float, default=0.0, metavar="M", help="scores closer than that make a tie (0)")
+    add("--limit", type=int, metavar="N", help="read only the first N pairs")
     add("--keep-ties", action="store_true", help="keep ties, label 0.5; only preference-model training can use them")
     add("--shard-size", type=int, default=1000, metavar="N", help="most pairs in a shard (1000)")
     add("--workers", type=int, default=1, metavar="N", help="processes; with --encode-with one per GPU (1)")

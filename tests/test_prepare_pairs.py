@@ -1,12 +1,17 @@
 """Own pairs in every form that people keep them give the same shards; what is wrong is one line."""
 
 import csv
+import io
 import json
+import tarfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
+from datamodules.shards.locate import open_shards
 from experiments import prepare_pairs
 from lightning_modules.errors import ConfigError, DataError
 
@@ -70,6 +75,71 @@ def as_page(folder):
     return as_jsonl(folder, [skipped, {**table[0], "choice": "tie"}, *table], "choices.jsonl").parent
 
 
+def as_parquet(folder, table, name="pairs.parquet"):
+    parquet.write_table(pyarrow.Table.from_pylist(table), folder / name)
+    return folder / name
+
+
+def as_bytes(folder, name):
+    return (folder / name).read_bytes()
+
+
+def with_captions(folder):
+    """No column for the prompt: it stands beside the pictures."""
+    for n, prompt in enumerate(PROMPTS):
+        (folder / f"{'good' if n else 'bad'}{n}.{'txt' if n else 'caption'}").write_text(prompt, encoding="utf-8")
+    return as_csv(folder, [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in rows()])
+
+
+def as_tar(folder):
+    with tarfile.open(folder / "pairs.tar", "w") as tar:
+        for n, row in enumerate(rows()):
+            tar.add(folder / row["chosen"], f"{n}.chosen.png")
+            tar.add(folder / row["rejected"], f"{n}.rejected.png")
+            caption = json.dumps({"caption": row["prompt"]}).encode()
+            member = tarfile.TarInfo(f"{n}.json")
+            member.size = len(caption)
+            tar.addfile(member, io.BytesIO(caption))
+    return folder / "pairs.tar"
+
+
+def as_pickapic(folder):
+    table = [
+        {"jpg_0": as_bytes(folder, row["image_0"]), "jpg_1": as_bytes(folder, row["image_1"]), "caption": row["prompt"],
+         "label_0": 1.0 - row["choice"], "label_1": float(row["choice"])}
+        for row in choices()
+    ]  # fmt: skip
+    (folder / "data").mkdir()
+    as_parquet(folder / "data", table, "train-00000-of-00001.parquet")
+    as_parquet(folder / "data", table[:1], "test-00000-of-00001.parquet")
+    return folder / "data"
+
+
+def scored(folder, n):
+    """Three pictures of a prompt with their scores; the best is good, the worst bad."""
+    Image.new("RGB", (8, 6), (1, 2, 3)).save(folder / f"middle{n}.png")
+    return [(f"middle{n}.png", 0.25), (f"good{n}.png", 0.75), (f"bad{n}.png", -1.0)]
+
+
+def as_lists(folder):
+    table = [
+        {"images": [name for name, _ in scored(folder, n)], "scores": [score for _, score in scored(folder, n)],
+         "prompt": prompt}
+        for n, prompt in enumerate(PROMPTS)
+    ]  # fmt: skip
+    return as_jsonl(folder, table)
+
+
+def as_single_pictures(folder):
+    """A row per picture, the prompts' rows among one another."""
+    table = [
+        {"image": scored(folder, n)[k][0], "score": scored(folder, n)[k][1], "text": prompt}
+        for k in range(3)
+        for n, prompt in enumerate(PROMPTS)
+    ]
+    return as_csv(folder, table)
+
+
 FORMS = {
     "csv": lambda folder: [as_csv(folder, rows())],
     "jsonl": lambda folder: [as_jsonl(folder, choices())],
@@ -80,6 +150,39 @@ FORMS = {
     ],
     "folders": lambda folder: [as_folders(folder)],
     "page": lambda folder: [as_page(folder)],
+    "captions beside": lambda folder: [with_captions(folder)],
+    "parquet of paths": lambda folder: [
+        as_parquet(folder, [{**row, "choice": float(row["choice"])} for row in choices()])
+    ],
+    "parquet of bytes": lambda folder: [
+        as_parquet(
+            folder, [row | {side: as_bytes(folder, row[side]) for side in ("chosen", "rejected")} for row in rows()]
+        )
+    ],
+    "parquet of structures": lambda folder: [
+        as_parquet(
+            folder,
+            [
+                {"chosen": {"bytes": as_bytes(folder, row["chosen"]), "path": "elsewhere.png"},
+                 "rejected": {"bytes": None, "path": row["rejected"]}, "prompt": row["prompt"]}
+                for row in rows()
+            ],
+        )
+    ],
+    "tar": lambda folder: [as_tar(folder)],
+    "Pick-a-Pic": lambda folder: [as_pickapic(folder)],
+    "two scores": lambda folder: [
+        as_csv(
+            folder,
+            [
+                {"image_0": row["image_0"], "image_1": row["image_1"], "prompt": row["prompt"],
+                 "score_0": 5 - row["choice"], "score_1": 4.5}
+                for row in choices()
+            ],
+        )
+    ],
+    "lists with scores": lambda folder: [as_lists(folder)],
+    "pictures with scores": lambda folder: [as_single_pictures(folder)],
 }  # fmt: skip
 
 
@@ -98,8 +201,6 @@ def test_every_form_of_the_same_pairs_gives_the_same_shards(pictures, form):
 
 
 def test_the_chosen_picture_is_stored_as_chosen(pictures):
-    from datamodules.shards.locate import open_shards
-
     prepared(pictures, "out", as_jsonl(pictures, choices()))
     shards = open_shards(str(pictures / "out"))
     for n, prompt in enumerate(PROMPTS):
@@ -115,6 +216,43 @@ def test_a_tie_is_dropped_and_counted_or_kept_on_request(pictures):
     assert (manifest.counts["pairs"], manifest.counts["ties_dropped"]) == (2, 1)
     manifest, _ = prepared(pictures, "kept", as_jsonl(pictures, table), "--keep-ties")
     assert (manifest.counts["pairs"], manifest.counts["ties_kept"]) == (3, 1)
+
+
+def numbers(folder, output):
+    """The pairs of prepared shards, as (chosen, rejected) reds and greens."""
+    shards = open_shards(str(folder / output))
+    return [
+        tuple(shards.read(0, n).image(side).getpixel((0, 0))[:2] for side in ("chosen", "rejected"))
+        for n in range(len(shards))
+    ]
+
+
+def test_of_scored_pictures_all_pairs_or_the_best_against_the_worst(pictures):
+    lists = as_lists(pictures)
+    prepared(pictures, "best", lists)
+    good, middle, bad = (40, 0), (1, 2), (40, 200)
+    assert numbers(pictures, "best")[1] == (good, bad)
+    manifest, _ = prepared(pictures, "all", lists, "--pairs", "all")
+    assert manifest.counts["pairs"] == 9
+    assert sorted(numbers(pictures, "all")[3:6]) == sorted([(good, middle), (good, bad), (middle, bad)])
+
+
+def test_scores_within_the_margin_are_ties(pictures):
+    lists = as_lists(pictures)  # gaps of 0.5, 1.25 and 1.75
+    manifest, _ = prepared(pictures, "one", lists, "--pairs", "all", "--margin", "0.5")
+    assert (manifest.counts["pairs"], manifest.counts["ties_dropped"]) == (9, 0)
+    manifest, _ = prepared(pictures, "two", lists, "--pairs", "all", "--margin", "0.51")
+    assert (manifest.counts["pairs"], manifest.counts["ties_dropped"]) == (6, 3)
+    table = [{"image_0": "good0.png", "image_1": "bad0.png", "score_0": 1, "score_1": 1, "prompt": "x"}, choices()[1]]
+    table[1] = {**table[0], "score_1": 2, "prompt": "y"}
+    manifest, _ = prepared(pictures, "equal", as_jsonl(pictures, table, "equal.jsonl"))
+    assert (manifest.counts["pairs"], manifest.counts["ties_dropped"]) == (1, 1)
+    assert numbers(pictures, "equal") == [((0, 200), (0, 0))]
+
+
+def test_limit_reads_the_first_pairs(pictures):
+    manifest, _ = prepared(pictures, "out", as_jsonl(pictures, rows()), "--limit", "2")
+    assert manifest.counts["pairs"] == 2
 
 
 def test_other_pictures_of_the_same_sizes_are_another_job(pictures):
@@ -156,7 +294,13 @@ def test_a_picture_that_is_none_is_counted_and_named_by_its_row(pictures):
         ([{**rows()[0], "prompt": " "}], [], "row 1: the prompt is ' '; write a text"),
         ([{**choices()[0], "choice": 2}], [], "row 1: choice is 2; want one of 0, image_0, left"),
         ([rows()[0], {"chosen": "good1.png", "prompt": "x"}], [], "row 2 has no rejected"),
-        ([], [], "holds no pairs; give a .csv, .json or .jsonl table"),
+        ([], [], "holds no pairs; give a .csv, .json, .jsonl, .parquet or .tar file"),
+        ([{"image": "good0.png", "score": 1, "prompt": "x"}], [], "'x' has one picture, and a pair takes two"),
+        ([{"image": "good0.png", "score": "high", "prompt": "x"}], [], "row 1: a score is 'high'; write a number"),
+        ([{"images": ["good0.png"], "scores": [1, 2], "prompt": "x"}], [], "row 1: images and scores must be lists of"),
+        ([{"images": "good0.png", "scores": [1], "prompt": "x"}], [], "row 1: images and scores must be lists of one"),
+        ([{**rows()[0], "chosen": {"path": 3}}], [], "row 1: a picture is '3'; write its path"),
+        ([{"chosen": "good0.png", "rejected": "bad0.png"}], [], "row 1 has no prompt; write it into .*good0.txt"),
     ],
 )
 def test_what_is_wrong_is_one_line(pictures, table, words, message):
@@ -169,8 +313,11 @@ def test_what_is_wrong_is_one_line(pictures, table, words, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder / "gone.csv", "gone.csv does not exist; give a .csv"),
-        (lambda folder: folder, "has no folders chosen and rejected; give a .csv"),
+        (lambda folder: folder / "gone.csv", "gone.csv' does not exist.*can be given: a .csv"),
+        (lambda folder: folder, "holds no parquet files.*can be given: a .csv"),
+        (lambda folder: (folder / "chosen").mkdir() or folder, "has no folders chosen and rejected; give a .csv"),
+        (lambda folder: folder / "good0.png", "good0.png is no such table; give a .csv"),
+        (lambda folder: (folder / "x.parquet").write_text("{") and folder / "x.parquet", "x.parquet is not a whole"),
         (
             lambda folder: (as_folders(folder) / "chosen" / "0.txt").unlink() or folder / "own",
             "0.png has no prompt; write",
@@ -178,6 +325,10 @@ def test_what_is_wrong_is_one_line(pictures, table, words, message):
         (
             lambda folder: (as_folders(folder) / "rejected" / "1.png").unlink() or folder / "own",
             "0 pictures of that name",
+        ),
+        (
+            lambda folder: (as_folders(folder) / "chosen" / "1.png").unlink() or folder / "own",
+            "rejected/1.png: no picture of that name",
         ),
         (lambda folder: (folder / "x.json").write_text("{") and folder / "x.json", "cannot read .*x.json"),
         (lambda folder: (folder / "x.json").write_text("3") and folder / "x.json", "x.json is no list of JSON objects"),

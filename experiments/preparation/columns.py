@@ -1,7 +1,7 @@
 """Columns of preference tables: which types each may have, and a row's values as the rest of the code expects them.
 
 Tables have passed through pandas, polars, datasets and others, so that the same values come in many types: integers
-with gaps as floats with NaN, booleans as 0 and 1, pictures as a structure with bytes. What means the same is
+with gaps as floats with NaN, booleans as 0 and 1, pictures as a structure of bytes and path. What means the same is
 taken; another type is refused before any row is read.
 """
 
@@ -45,21 +45,22 @@ def check_columns(path: Path, schema: pyarrow.Schema, wanted: Mapping[str, str],
             raise DataError(f"{path}: column {name} is {kind}, expected {expected}: convert it, or check --input")
 
 
-def plain(row: Mapping[str, Any], wanted: Mapping[str, str]) -> dict[str, Any]:
+def plain(row: Mapping[str, Any], wanted: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """A row with pictures as bytes, identities as text, flags as booleans, and None for NaN.
 
     Args:
         row: values as pyarrow gives them.
         wanted: as in ``check_columns``.
+        folder: from where a picture's path counts.
     """
-    return {name: _plain(value, wanted[name]) for name, value in row.items()}
+    return {name: _plain(value, wanted[name], folder) for name, value in row.items()}
 
 
-def _plain(value: Any, meaning: str) -> Any:
+def _plain(value: Any, meaning: str, folder: Path) -> Any:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if meaning == "picture" and isinstance(value, Mapping):
-        return value["bytes"]
+        return _picture(value, folder)
     if meaning == "flag":
         return bool(value)
     if meaning == "identity":
@@ -67,6 +68,16 @@ def _plain(value: Any, meaning: str) -> Any:
     if meaning == "number" and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
+
+
+def _picture(value: Mapping[str, Any], folder: Path) -> bytes | None:
+    """The bytes of a picture that ``datasets`` stores as bytes or as the path of a file; None if it cannot be read."""
+    if value["bytes"] is not None or not value.get("path"):
+        return value["bytes"]
+    try:
+        return (folder / value["path"]).read_bytes()
+    except OSError:
+        return None
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
@@ -82,9 +93,10 @@ def _is_bytes(kind: pyarrow.DataType) -> bool:
 
 
 def _is_picture(kind: pyarrow.DataType) -> bool:
-    return _is_bytes(kind) or (
-        kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
-    )
+    if kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        inner = kind.field("bytes").type
+        return _is_bytes(inner) or kinds.is_null(inner)
+    return _is_bytes(kind)
 
 
 def _is_number(kind: pyarrow.DataType) -> bool:
@@ -92,7 +104,7 @@ def _is_number(kind: pyarrow.DataType) -> bool:
 
 
 TYPES: dict[str, tuple[str, Callable[[pyarrow.DataType], bool]]] = {
-    "picture": ("encoded pictures as binary, or as a structure with bytes", _is_picture),
+    "picture": ("encoded pictures as binary, or as a structure of bytes and path", _is_picture),
     "text": ("text", _is_text),
     "identity": ("text or whole numbers", lambda kind: _is_text(kind) or kinds.is_integer(kind)),
     "number": ("numbers", _is_number),

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
 from lightning_modules.errors import DataError
+from lightning_modules.files import resolved_path
 
 # The words by which published splits are named, as Hugging Face's datasets knows them; the first of a row is its name.
 SPLIT_WORDS = (
@@ -35,7 +36,7 @@ def find_inputs(inputs: Sequence[str], split: str) -> list[Path]:
     """
     files: list[Path] = []
     for name in inputs:
-        path = Path(name).expanduser()
+        path = resolved_path(name)
         if path.is_dir():
             files += _of_folder(path, split)
         elif path.exists():

@@ -124,7 +124,7 @@ def _rows(unit: Unit, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, An
             for row in batch.to_pylist():
                 if number == end:
                     return
-                yield number, plain(row, MEANING)
+                yield number, plain(row, MEANING, Path(unit.path).parent)
                 number += 1
 
 
