@@ -61,6 +61,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to ``<name>.damaged``, in the place of an earlier one; its new path."""
+    return path.replace(path.with_name(f"{path.name}.damaged"))
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to write in; what it holds at the end appears in ``folder``, each entry complete and on the disk.

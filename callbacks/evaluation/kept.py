@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.files import atomic_file
+from lightning_modules.files import atomic_file, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,7 @@ def read_kept(path: Path, fits: Callable[[Any], bool]) -> Any:
         return None
     except (ValueError, RecursionError):
         pass
-    aside = path.with_name(f"{path.name}.damaged")
-    log.warning("%s is damaged; set aside as %s, and begun again", path, aside.name)
-    path.replace(aside)
+    log.warning("%s is damaged; set aside as %s, and begun again", path, set_aside(path).name)
     return None
 
 
