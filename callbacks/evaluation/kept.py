@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 def add_entry(path: Path, entry: Mapping[str, Any]) -> None:
     """Add an evaluation to a history; one of the same split and step (a repeated one) is replaced."""
     history = {(former["split"], former["step"]): former for former in _history(path)}
-    history[entry["split"], entry["step"]] = entry
+    history[entry["split"], entry["step"]] = dict(entry)
     _write(path, list(history.values()))
 
 
