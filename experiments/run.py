@@ -45,18 +45,24 @@ def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
         print(help_page(), end="")
         raise SystemExit(0)
     start = Start.of(line)  # before the heavy imports: a mistyped name should not wait for them
-    if not start.tree and not any("help" in word.partition("=")[0] for word in line.overrides):
+    explains = any("help" in word.partition("=")[0] for word in line.overrides)
+    if not start.tree and not explains:
         raise ConfigError(no_config(line.overrides))
 
     end_with_launcher()
     # Lightning takes seconds to import, and a wrong word should be told at once.
     from experiments.cli.experiment_cli import ExperimentCLI
+    from experiments.cli.preflight import check_kind_of_pairs
+    from experiments.cli.setting_errors import one_line
 
     quiet()
     for tree in (start.tree, start.saved.tree if start.saved else {}):
         import_named(tree, start.words)
     with ExitStack() as held:
-        cli = ExperimentCLI(start, held)
+        if not explains:
+            check_kind_of_pairs(start.tree)
+        with one_line("settings"):
+            cli = ExperimentCLI(start, held)
         cli.run_job()
     return cli
 

@@ -218,7 +218,7 @@ def test_a_typo_in_a_file_gets_one_line(folder):
 
 def test_missing_weights_get_one_line(folder):
     with pytest.raises(UserError, match="no folder 'nosuch'") as error:
-        run.main(["--config", "dpo_tiny", "--model.policy.pretrained=nosuch"])
+        run.main(["test", "--config", "dpo_tiny", "--model.policy.pretrained=nosuch", "--ckpt_path=none"])
     assert "\n" not in str(error.value)
     assert not (folder / "runs").exists()
 

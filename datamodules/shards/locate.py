@@ -36,7 +36,7 @@ def open_shards(
     """
     downloads = downloads or Downloads()
     names = [shards] if isinstance(shards, str) else list(shards)
-    locations = [location for name in names for location in _expand(name)]
+    locations = [location for name in names for location in expand(name)]
     located = [_locate(location, downloads) for location in locations]
     found = [shard for shards_there, _ in located for shard in shards_there]
     if not found:
@@ -52,7 +52,12 @@ def open_shards(
     return ShardSet(first.kind, found, first.latents, has_ties, downloads, max_open)
 
 
-def _expand(name: str) -> list[str]:
+def expand(name: str) -> list[str]:
+    """The locations that a name stands for: several, for a brace list.
+
+    Raises:
+        ConfigError: the brace list is malformed, or of too many names.
+    """
     if _most_names(name) > MAX_SHARDS:
         raise ConfigError(f"shards {name[:200]!r} is a brace list of more than {MAX_SHARDS} names; name a folder")
     try:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -29,12 +29,14 @@ from callbacks.resume.present_rates import PresentRates
 from callbacks.run_progress import RunProgress
 from callbacks.save_pictures import SavePictures
 from datamodules.stream.cursor import CursorDataModule
+from experiments.cli import preflight
 from experiments.cli.closing import print_closing
 from experiments.cli.compose import JOBS
 from experiments.cli.explain import explain
 from experiments.cli.run_folder import check_writable, choose_checkpoint
 from experiments.cli.run_lock import locked_run
 from experiments.cli.saved_settings import Change, changes, save_settings
+from experiments.cli.setting_errors import one_line
 from experiments.cli.start import Start
 from experiments.cli.step_size import pairs_per_step, settle_step
 from experiments.cli.tree import flat, references, within
@@ -185,6 +187,7 @@ class ExperimentCLI(LightningCLI):
         self.config.trainer.default_root_dir = str(self.run_dir)
         self.checkpoint = choose_checkpoint(self.line.job, self.run_dir / "checkpoints", self.config.ckpt_path)
         self._check_optimizer_stays()
+        preflight.check(as_tree(self.config), self.line.job)
 
     def _check_optimizer_stays(self) -> None:
         """
@@ -239,10 +242,8 @@ class ExperimentCLI(LightningCLI):
         if isinstance(self.datamodule, CursorDataModule):
             # It says which rank reads what, from the run's position, which Lightning's samplers don't know.
             config["use_distributed_sampler"] = False
-        try:
+        with one_line("trainer"):
             trainer = configured_trainer(self, config, [self.config_init.get("pictures")])
-        except MisconfigurationException as error:
-            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         if self.line.job == "fit" and isinstance(self.datamodule, CursorDataModule):
             self._settle_step(trainer, self.datamodule)
         return trainer
@@ -265,7 +266,7 @@ class ExperimentCLI(LightningCLI):
         """Run the job of the command line; test and predict are what the callbacks do, and read no data."""
         job = getattr(self.trainer, self.line.job)
         checkpoint = None if self.checkpoint is None else str(self.checkpoint)
-        try:
+        with one_line(self.line.job):
             if self.line.job in ("test", "predict"):
                 # One batch of nothing on every rank: Lightning calls no hooks around a loop without any.
                 job(self.model, dataloaders=range(1), ckpt_path=checkpoint, weights_only=True)
@@ -276,14 +277,21 @@ class ExperimentCLI(LightningCLI):
                         "validate found no validation batches; set data.val_shards and a trainer.limit_val_batches "
                         "above 0, or judge pictures with test"
                     )
-        except MisconfigurationException as error:
-            raise ConfigError(f"{self.line.job}: {' '.join(str(error).split())}") from error
         if self.line.job == "fit" and self.trainer.is_global_zero:
             print_closing(self.run_dir, self.trainer.global_step, self.trainer.max_steps)
 
 
 _RATES = ("optimizer", "lr_scheduler")
 NOT_TOLD = ("allow_changes", "ckpt_path", "run_dir", "trainer.default_root_dir")
+
+
+def as_tree(node: Any) -> Any:
+    """Parsed settings as plain mappings and lists."""
+    if isinstance(node, Namespace):
+        return {name: as_tree(value) for name, value in vars(node).items()}
+    if isinstance(node, list | tuple):
+        return [as_tree(entry) for entry in node]
+    return node
 
 
 def _as_config(tree: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _UNKNOWN_OPTION = re.compile(r"Option '([^']+)' is not accepted|unrecognized arguments: -*([^\s=]+)")
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_NO_MODULE = re.compile(r"No module named '(\w+)[^']*'")
 _WRONG_TYPE = re.compile(r"Expected an? (?:<class '([\w.]+)'>|(\w+))[^\n]*?\. Got value: (.+)")
 _WRONG_CHOICE = re.compile(r"Expected a typing\.Literal\[(.+)\]\. Got value: (.+)")
 _NO_FUNCTION = re.compile(r"expects a function or a callable class: (.+)\n[\s\S]*?Given value: (.+)")
@@ -25,6 +26,7 @@ _NO_FUNCTION = re.compile(r"expects a function or a callable class: (.+)\n[\s\S]
 def explain(message: str, options: Iterable[str]) -> str:
     """Args: the parser's message, and the names of its own options (``trainer.max_steps``, ...)."""
     for pattern, tell in (
+        (_NO_MODULE, _no_module),
         (_UNKNOWN_OPTION, _unknown_option),
         (_WRONG_CHOICE, _wrong_choice),
         (_UNKNOWN_CLASS, _unknown_class),
@@ -39,6 +41,11 @@ def explain(message: str, options: Iterable[str]) -> str:
             return tell(key, classes[-1] if classes else None, found, list(options))
     line = " ".join(message.split())
     return line if len(line) <= LONGEST else line[:LONGEST] + " ..."
+
+
+def _no_module(key: str, owner: str | None, found: re.Match[str], options: list[str]) -> str:
+    name = found.group(1)
+    return f"{key or 'a class'} needs the package {name}, which is not installed: pip install {name}"
 
 
 def _unknown_option(key: str, owner: str | None, found: re.Match[str], options: list[str]) -> str:
