@@ -40,12 +40,17 @@ def load_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise DataError(f"prompt file {path} holds no prompts; known forms: {KNOWN_FORMS}")
     for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip() or len(prompt) > MAX_PROMPT_CHARACTERS:
+        if not is_prompt(prompt):
             raise DataError(
                 f"prompt file {path}: prompt {number} has {len(prompt.strip())} characters, "
                 f"expected 1 to {MAX_PROMPT_CHARACTERS}; correct or remove it"
             )
     return prompts
+
+
+def is_prompt(text: str) -> bool:
+    """Whether a text is neither blank nor longer than any prompt."""
+    return bool(text.strip()) and len(text) <= MAX_PROMPT_CHARACTERS
 
 
 def prompt_texts(prompts: Sequence[str] | str, number: int | None = None) -> list[str]:

@@ -8,6 +8,8 @@ Input is cut into units: consecutive row groups of one file with about ``--shard
 shards, then a marker; the manifest comes last. A second run of the same command skips finished units; a command with
 other settings or other input is refused. Shard numbers and contents don't depend on ``--workers``.
 
+Beside the shards stand the manifest, and ``captions.json``: each caption once, a prompt file for pools and evaluations.
+
 Dropped and counted: ties, unlabelled rows, rows without a caption, pictures that don't decode, and repeated
 preferences (the same preferred picture, other picture and caption; by their uids over the whole input, or by their
 bytes within a unit where uids are missing).
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import json
 import multiprocessing
 import shutil
 from collections import Counter
@@ -34,6 +37,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from datamodules.prompts import is_prompt
 from datamodules.shards.json_files import read_json, write_json
 from datamodules.shards.manifest import MANIFEST, Manifest, ShardInfo
 from datamodules.shards.samples import pixel_members
@@ -44,6 +48,7 @@ from experiments.preparation.encoding import encoded, latents_key
 from experiments.preparation.inputs import find_inputs
 from experiments.preparation.pickapic_rows import (
     MAX_NAMED,
+    Pair,
     Settings,
     Unit,
     find_duplicates,
@@ -51,8 +56,9 @@ from experiments.preparation.pickapic_rows import (
     usable_pairs,
 )
 from lightning_modules.errors import ConfigError, DataError, UserError
-from lightning_modules.files import clear_unfinished, resolved_path
+from lightning_modules.files import atomic_file, clear_unfinished, resolved_path
 
+CAPTIONS = "captions.json"  # all captions once, a prompt file for pools and evaluations
 UNITS = ".units"  # markers of finished units, in the output folder until the manifest is there
 
 
@@ -63,6 +69,7 @@ class UnitResult:
     shards: tuple[ShardInfo, ...]
     counts: dict[str, int]
     corrupt: tuple[str, ...]
+    captions: tuple[str, ...]  # different ones, in their order
 
 
 # ----------------------------------------------------------------------------------------------- units
@@ -72,7 +79,8 @@ def prepare_unit(unit: Unit, settings: Settings, folder: Path, config: str | Non
     """Write one unit's shards and its marker. Runs in a worker process."""
     counts: Counter[str] = Counter()
     corrupt: list[str] = []
-    pairs = usable_pairs(unit, settings, counts, corrupt)
+    captions: dict[str, None] = {}
+    pairs = _noted(usable_pairs(unit, settings, counts, corrupt), captions)
     if settings.latents is not None:
         assert config is not None
         samples = encoded(pairs, load_policy(config), settings.latents, settings.shard_size)
@@ -82,9 +90,16 @@ def prepare_unit(unit: Unit, settings: Settings, folder: Path, config: str | Non
     for first in samples:
         path = folder / f"{unit.first_shard + len(shards):05d}.tar"
         shards.append(write_shard(path, chain([first], islice(samples, settings.shard_size - 1))))
-    result = UnitResult(tuple(shards), dict(counts), tuple(corrupt))
+    result = UnitResult(tuple(shards), dict(counts), tuple(corrupt), tuple(captions))
     write_json(_marker(folder, unit), asdict(result))
     return result
+
+
+def _noted(pairs: Iterator[Pair], captions: dict[str, None]) -> Iterator[Pair]:
+    """Pass pairs on, and keep their captions."""
+    for pair in pairs:
+        captions[pair.info["caption"]] = None
+        yield pair
 
 
 def _marker(folder: Path, unit: Unit) -> Path:
@@ -101,7 +116,7 @@ def finished(unit: Unit, folder: Path) -> UnitResult | None:
     paths = [folder / shard.file for shard in shards]
     if any(not path.exists() or path.stat().st_size != shard.bytes for path, shard in zip(paths, shards, strict=True)):
         return None
-    return UnitResult(shards, value["counts"], tuple(value["corrupt"]))
+    return UnitResult(shards, value["counts"], tuple(value["corrupt"]), tuple(value["captions"]))
 
 
 def run_units(
@@ -241,6 +256,9 @@ def prepare(
             first = f"; the first: {manifest.corrupt[0]}" if manifest.corrupt else ""
             where = f"{files[0]}" + (f" and {len(files) - 1} more files" if len(files) > 1 else "")
             raise DataError(f"zero usable pairs in {where} ({counts}){first}; check --input")
+        captions = dict.fromkeys(caption for result in results for caption in result.captions if is_prompt(caption))
+        with atomic_file(folder / CAPTIONS) as file:
+            file.write(json.dumps(list(captions), ensure_ascii=False, indent=0).encode())
         manifest.write(folder)
     return manifest
 

@@ -17,6 +17,7 @@ from pairs_data import picture, rows, write_parquet
 from datamodules.pairs.latents_key import latents_fingerprint
 from datamodules.pairs.samples import PairTransform
 from datamodules.preference_pairs import PreferencePairsDataModule
+from datamodules.prompts import load_prompts
 from datamodules.shards.locate import open_shards
 from datamodules.shards.manifest import MANIFEST, Manifest
 from datamodules.shards.pictures import decode_picture
@@ -204,6 +205,17 @@ def test_a_hub_id_without_network_is_one_clear_line(tmp_path: Path) -> None:
         prepared("nobody/nothing", tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_each_caption_stands_once_in_a_prompt_file(tmp_path: Path) -> None:
+    content = (
+        rows(9) + rows(2, 4, image_0_uid=None) + rows(1, 20, caption="two\nlines \u2028") + rows(1, 21, caption=" ")
+    )
+    source = write_parquet(tmp_path / "a.parquet", [*content, *rows(1, 30, has_label=False)])
+    for workers, folder in (("1", "one"), ("2", "two")):
+        assert prepared(source, tmp_path / folder, "--shard-size", "4", "--workers", workers).counts["pairs"] == 13
+        expected = [*(f"caption {n}" for n in range(9)), "two\nlines \u2028"]
+        assert load_prompts(tmp_path / folder / "captions.json") == expected
 
 
 # --------------------------------------------------------------------------------------------- resuming
