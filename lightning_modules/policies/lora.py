@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.adaptation import Adaptation
 from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.policies.lora_files import read_lora, write_lora
+from lightning_modules.weights.audit import mismatch
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,31 @@ class LoRA(Adaptation):
         targets: names' ends of the layers that get an adapter.
         init: distribution of A: "gaussian" (std 1 / rank, as the diffusers examples and SPO have it) or
             "kaiming" (uniform, peft's default).
+        weights: LoRA weights to start from, of diffusers' or kohya's kind: a file, a folder that holds one, or
+            ``organisation/name/file`` on the hub. The policy then computes what they compute, whatever their alpha;
+            rank and layers must be those of the file. A reference with adapters off is the base without them.
+
+    Raises:
+        ConfigError: targets that the denoiser does not have, or weights of other layers or of another rank.
     """
 
     rank: int = 4
     alpha: float | None = None
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     init: Literal["gaussian", "kaiming"] = "gaussian"
+    weights: str | None = None
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def apply(self, policy: DiffusionPolicy) -> None:
         denoiser: Any = policy.denoiser
         # peft scales by lora_alpha / r, whatever number type it is given; its annotation says int.
-        alpha = self.rank if self.alpha is None else self.alpha
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]
+            lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
             target_modules=list(self.targets),
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
         )
@@ -59,6 +71,24 @@ class LoRA(Adaptation):
                 # peft gives adapters the dtype of the layer that they adapt; updates need fp32.
                 parameter.data = parameter.data.to(torch.float32)
 
+        if self.weights is not None:
+            self._start_from(self.weights, policy)
+
+    def _start_from(self, name: str, policy: DiffusionPolicy) -> None:
+        found = read_lora(name, policy)
+        denoiser: Any = policy.denoiser
+        difference = mismatch(get_peft_model_state_dict(denoiser), found)
+        if difference is not None:
+            ranks = sorted({value.shape[0] for key, value in found.items() if ".lora_A." in key})
+            layers = sorted({key.split(".lora_")[0] for key in found})
+            theirs = f"rank {', '.join(map(str, ranks))} and adapt {len(layers)} layers, {layers[0]} the first"
+            raise ConfigError(
+                f"LoRA: the weights {name} don't fit rank {self.rank} and targets {', '.join(self.targets)}: "
+                f"{difference}; they are of {theirs}"
+            )
+        rescaled = {key: value / self.scale if ".lora_B." in key else value for key, value in found.items()}
+        set_peft_model_state_dict(denoiser, rescaled)
+
     @contextmanager
     def disabled(self, policy: DiffusionPolicy) -> Iterator[None]:
         layers = [module for module in policy.denoiser.modules() if isinstance(module, BaseTunerLayer)]
@@ -75,12 +105,8 @@ class LoRA(Adaptation):
                 parameter.requires_grad_(flag)
 
     def write(self, policy: DiffusionPolicy, folder: Path) -> None:
-        name, denoiser = policy.denoiser_name, policy.denoiser
-        policy.lora_loader.save_lora_weights(
-            folder,
-            **{
-                f"{name}_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser)),
-                # Without it a reader assumes alpha = rank.
-                f"{name}_lora_adapter_metadata": denoiser.peft_config["default"].to_dict(),  # type: ignore[union-attr,index]
-            },
-        )
+        denoiser: Any = policy.denoiser
+        weights = get_peft_model_state_dict(denoiser)
+        folded = {key: value * self.scale if ".lora_B." in key else value for key, value in weights.items()}
+        config = denoiser.peft_config["default"].to_dict() | {"lora_alpha": self.rank}
+        write_lora(folder, policy, folded, config)
