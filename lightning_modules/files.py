@@ -32,6 +32,17 @@ def resolved_path(path: str | Path) -> Path:
     return resolved.relative_to(here) if resolved.is_relative_to(here) else resolved
 
 
+def os_error(error: BaseException) -> OSError | None:
+    """The system's error, of a disk that is full for one, that an error stands for; None if it is of another kind."""
+    if isinstance(error, OSError):
+        return error
+    # The writers of torch and of webdataset follow a failed write with an error of their own.
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__
+    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors', which knows none of Python's classes
+    return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name only when it is complete and on the disk; its folder is made where needed.
@@ -48,10 +59,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
         _fsync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # The writers of torch and of webdataset follow a failed write with an error of their own.
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
+    except Exception as error:
+        reason = os_error(error)
+        if reason is None:
             raise
         raise DataError(
             f"cannot write {path}: {reason.strerror or reason}; free some space or choose another folder"
@@ -100,12 +110,20 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 entry.replace(target)
             _fsync_folder(folder)
         _fsync_folder(folder.parent)
-    except OSError as error:
+    except Exception as error:
+        reason = os_error(error)
+        if reason is None:
+            raise
         raise DataError(
-            f"cannot write {folder}: {error.strerror or error}; free some space or choose another folder"
+            f"cannot write {folder}: {reason.strerror or reason}; free some space or choose another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to ``<name>.damaged``, which is returned."""
+    return path.replace(path.with_name(f"{path.name}.damaged"))
 
 
 def remove_folder(folder: Path) -> None:
