@@ -121,11 +121,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged file to ``<name>.damaged``, which is returned."""
-    return path.replace(path.with_name(f"{path.name}.damaged"))
-
-
 def remove_folder(folder: Path) -> None:
     """Delete a folder and all in it; killed in the middle it leaves nothing under its name.
 
