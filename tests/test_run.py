@@ -92,16 +92,75 @@ def test_every_class_of_the_framework_is_known_without_importing_it():
     assert known["PreferencePairsDataModule"] == "datamodules.preference_pairs"
 
 
-@pytest.mark.parametrize("name", ["dpo_tiny", "dpo_sd15", "dpo_sdxl", "sft_sd15", "spo_tiny", "spo_sd15", "spo_sdxl"])
+PRESETS = {"spo_recommended": "spo_sd15", "spo_tiny_shuffled": "spo_tiny"}  # over which configs
+
+
+@pytest.mark.parametrize("name", [file.removesuffix(".yaml") for file in packaged_configs()])
 def test_packaged_configs_parse_and_say_what_they_cost(name, folder, capsys):
+    below = ["--config", PRESETS[name]] if name in PRESETS else []
     with pytest.raises(SystemExit) as exit_:
-        run.main(["--config", name, "--print_config"])
+        run.main([*below, "--config", name, "--print_config"])
     assert exit_.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["model"]["init_args"]["seed"] == printed["data"]["init_args"]["seed"] == 42
-    head = find_config(name).read_text().split("seed_everything")[0]
+    seed = printed["seed_everything"]
+    assert printed["model"]["init_args"]["seed"] == printed["data"]["init_args"]["seed"] == seed
+    lines = find_config(name).read_text().splitlines()
+    head = "\n".join(line for line in lines if line.startswith("#"))
+    if name in PRESETS:
+        assert f"--config {PRESETS[name]} --config {name}" in head
+        return
     assert f"python -m experiments.run --config {name}" in head
     assert all(word in head for word in ("Hardware:", "Cost:", "Expected:"))
+
+
+@pytest.mark.parametrize(("below", "overlay"), [("dpo_sd15", "lora"), ("dpo_sdxl", "lora"), ("dpo_sdxl", "sft"),
+                                                ("dpo_sd15", "pickapic")])  # fmt: skip
+def test_overlays_compose(below, overlay, folder, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run.main(["--config", below, "--config", overlay, "--print_config"])
+    assert exit_.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    expected = {"lora": ("reference", "lightning_modules.references.AdapterOff"),
+                "sft": ("objective", "lightning_modules.objectives.SFT")}  # fmt: skip
+    if overlay in expected:
+        key, path = expected[overlay]
+        assert printed["model"]["init_args"][key]["class_path"] == path
+
+
+def test_a_config_lies_over_the_configs_that_it_names(folder):
+    (folder / "below.yaml").write_text("trainer: {max_steps: 1, callbacks: [Cost, {class_path: SampleGrid}]}")
+    (folder / "middle.yaml").write_text("base: below\ntrainer: {max_steps: 2}\nseed_everything: 3")
+    (folder / "above.yaml").write_text(
+        "base: [middle.yaml]\ntrainer: {callbacks: {SampleGrid: {number: 4}, Cost: null}, callbacks+: [WinRate]}"
+    )
+    assert load(Path("above.yaml")) == {
+        "trainer": {
+            "max_steps": 2,
+            "callbacks": [{"class_path": "SampleGrid", "init_args": {"number": 4}}, "WinRate"],
+        },
+        "seed_everything": 3,
+    }
+    (folder / "above.yaml").write_text("base: below\ntrainer: {callbacks: {WinRate: null}}")
+    with pytest.raises(ConfigError, match="changes WinRate, which the list below it does not hold; there are Cost, S"):
+        load(Path("above.yaml"))
+    (folder / "below.yaml").write_text("base: middle")
+    with pytest.raises(ConfigError, match="its base middle has it as a base again"):
+        load(Path("middle.yaml"))
+
+
+def test_the_baseline_differs_from_dpo_in_its_objective_alone():
+    tree = load(find_config("dpo_sd15"))
+    tree["model"]["init_args"]["objective"] = {"class_path": "SFT"}
+    assert load(find_config("sft_sd15")) == tree
+
+
+@pytest.mark.parametrize("name", ["dpo_sd15_lora", "dpo_sdxl_lora", "spo_sd15_lora24"])
+def test_configs_for_one_small_gpu_hold_no_second_network(name):
+    tree = load(find_config(name))["model"]["init_args"]
+    assert tree["policy"]["init_args"]["adaptation"]["class_path"] == "LoRA"
+    assert tree["policy"]["init_args"]["gradient_checkpointing"] is True
+    assert tree["policy"]["init_args"]["frozen_dtype"] in ("bf16", "fp16")
+    assert tree["reference"] == {"class_path": "AdapterOff"}
 
 
 # Overrides
@@ -154,7 +213,7 @@ def test_only_a_data_module_that_knows_the_position_keeps_lightnings_samplers_aw
     ("words", "message"),
     [
         (["--config", "dpo_sd51"], "config 'dpo_sd51' is no file and no packaged config (did you mean 'dpo_sd15'?)"),
-        (["--config"], "--config wants a name; there are dpo_sd15.yaml, dpo_sdxl.yaml, dpo_tiny.yaml"),
+        (["--config"], "--config wants a name; there are dpo_sd15.yaml, dpo_sd15_lora.yaml, dpo_sdxl.yaml"),
         ([], "--config NAME is missing; there are dpo_sd15.yaml"),
         (["train", "--config", "toy.yaml"], "job 'train' is unknown"),
         (["--config", "broken.yaml"], "config broken.yaml: cannot be read as YAML"),

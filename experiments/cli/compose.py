@@ -110,31 +110,44 @@ def packaged_configs() -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def overlays() -> list[str]:
+    """Names of the YAML files that ship to be laid over others."""
+    folder = resources.files("experiments") / "configs" / "overlays"
+    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
 def find_config(name: str) -> Path:
-    """A path, or the name of a packaged config with or without ``.yaml``.
+    """A path, or the name of a packaged config or overlay with or without ``.yaml``.
 
     Raises:
         ConfigError: neither; lists what there is.
     """
     packaged = Path(str(resources.files("experiments"))) / "configs"
-    for candidate in (Path(name), packaged / name, packaged / f"{name}.yaml"):
+    folders = (packaged, packaged / "overlays")
+    for candidate in (Path(name), *(folder / file for folder in folders for file in (name, f"{name}.yaml"))):
         if candidate.is_file():
             return candidate
     have = packaged_configs()
-    close = nearest(name, [*have, *(entry.removesuffix(".yaml") for entry in have)])
+    known = [*have, *overlays()]
+    close = nearest(name, [*known, *(entry.removesuffix(".yaml") for entry in known)])
     raise ConfigError(f"config {name!r} is no file and no packaged config{close}; there are {', '.join(have)}")
 
 
-def load(path: Path) -> dict[str, Any]:
-    """One YAML file as a tree, its ``${...}`` left as they are.
+def load(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML file as a tree, over the configs that it names as its ``base``; ``${...}`` are left as they are.
 
     What a run has kept of a start (``saved_settings``) is as it was composed: what was taken from elsewhere is so
     again, and where that run lived is left out.
 
+    Args:
+        path: the file.
+        above: the files whose base it is.
+
     Raises:
-        ConfigError: no YAML, or no mapping at its top.
+        ConfigError: no YAML, no mapping at its top, or a base that is none.
     """
     tree = _read(path)
+    base = tree.pop("base", None) or []
     start = tree.pop("start", None)
     if start is not None or (path.parent / "checkpoints").is_dir():
         for key in ("run_dir", "ckpt_path", "trainer.default_root_dir"):
@@ -142,7 +155,19 @@ def load(path: Path) -> dict[str, Any]:
     for key, text in _mapping(_mapping(start).get("references")).items():
         if find(tree, key) is not MISSING:
             put(tree, key, text)
-    return tree
+    merged: dict[str, Any] = {}
+    for name in [base] if isinstance(base, str) else base:
+        below = _base(str(name), path)
+        if below in (path, *above):
+            raise ConfigError(f"config {path}: its base {name} has it as a base again")
+        merged = merge(merged, load(below, (path, *above)))
+    return merge(merged, tree) if merged else tree
+
+
+def _base(name: str, path: Path) -> Path:
+    """A config that a file names: seen from its folder, else as on the command line."""
+    beside = (path.parent / name, path.parent / f"{name}.yaml")
+    return next((file for file in beside if file.is_file()), None) or find_config(name)
 
 
 def start_of_file(path: Path) -> dict[str, Any]:

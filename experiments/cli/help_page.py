@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.cli.compose import JOBS, find_config, packaged_configs
+from experiments.cli.compose import JOBS, find_config, overlays, packaged_configs
 from experiments.cli.tree import class_of, find
 
+WIDTH = 19  # of a config's name on the page
 _PAGE = """\
 usage: python -m experiments.run [{jobs}] --config NAME [--config NAME ...] [--KEY=VALUE ...]
        python -m experiments.run [{jobs}] --run_dir FOLDER [--resume last] [--KEY=VALUE ...]
@@ -39,20 +40,25 @@ More help:
 
 Packaged configs:
 {configs}
+
+Overlays, as in --config dpo_sd15 --config lora:
+{overlays}
 """
 
 
 def help_page() -> str:
     """What ``--help`` shows."""
-    names = [name.removesuffix(".yaml") for name in packaged_configs()]
-    width = max(map(len, names))
-    lines = [f"  {name:{width}}  {_first_sentence(name)}" for name in names]
-    return _PAGE.format(jobs="|".join(JOBS), configs="\n".join(lines))
+    return _PAGE.format(jobs="|".join(JOBS), configs=_listed(packaged_configs()), overlays=_listed(overlays()))
+
+
+def _listed(files: Sequence[str]) -> str:
+    names = [file.removesuffix(".yaml") for file in files]
+    return "\n".join(f"  {name:{WIDTH}}  {_first_sentence(name)}" for name in names)
 
 
 def _first_sentence(name: str) -> str:
     head = find_config(name).read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
-    return head if len(head) <= 96 else head[:93].rsplit(" ", 1)[0] + " ..."
+    return head.removeprefix("Overlay: ")
 
 
 def asks_help(words: Sequence[str]) -> bool:

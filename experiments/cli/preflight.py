@@ -27,8 +27,11 @@ from lightning_modules.weights.pretrained import Pretrained
 
 PACKAGES = ("lightning_modules", "datamodules", "callbacks")
 HUB_SECONDS = 10.0
-# What Lightning imports only when such a logger is made.
-LOGGERS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune"}
+# What is imported only when such a class is made.
+PACKAGE_OF = {
+    "WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune",
+    "AdamW8bit": "bitsandbytes",
+}  # fmt: skip
 
 
 def check(settings: Mapping[str, Any], job: str) -> None:
@@ -155,7 +158,7 @@ def _classes(node: Any, key: str = "") -> Iterator[tuple[str, str, Mapping[str, 
 
 
 def _missing_package(key: str, path: str) -> Iterator[str]:
-    package = LOGGERS.get(short(path), path.split(".")[0])
+    package = PACKAGE_OF.get(short(path), path.split(".")[0])
     if "." in path and importlib.util.find_spec(package) is None:
         yield f"{key} {short(path)} needs the package {package}, which is not installed: pip install {package}"
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from lightning_modules.errors import ConfigError
+
 MISSING = object()
 
 
@@ -113,8 +115,14 @@ def _entries(nodes: list[Any], part: str) -> list[int]:
 def merge(below: Any, above: Any) -> Any:
     """``above`` over ``below``: mappings key by key, everything else replaced; ``key+`` appends to a list.
 
-    A class that changes replaces its node whole; see the docstring of ``compose``.
+    A class that changes replaces its node whole; see the docstring of ``compose``. A mapping over a list of classes
+    changes those that it names, ``callbacks: {WinRate: {every_n_steps: 100}, SampleGrid: null}``.
+
+    Raises:
+        ConfigError: a class that the list does not hold.
     """
+    if isinstance(below, list) and isinstance(above, dict) and not is_class(above):
+        return _merge_named(below, above)
     if isinstance(above, str) and is_class(below):
         return below if same_class(below["class_path"], above) else {"class_path": above}
     if not (isinstance(below, dict) and isinstance(above, dict)):
@@ -128,6 +136,21 @@ def merge(below: Any, above: Any) -> Any:
             merged[key[:-1]] = former + (value if isinstance(value, list) else [value])
         else:
             merged[key] = merge(merged[key], value) if key in merged else value
+    return merged
+
+
+def _merge_named(below: list[Any], above: dict[str, Any]) -> list[Any]:
+    merged = list(below)
+    for name, value in above.items():
+        former = child(merged, name)
+        if former is MISSING:
+            have = ", ".join(short(class_of(node) or str(node)) for node in below)
+            raise ConfigError(f"a config changes {name}, which the list below it does not hold; there are {have}")
+        if value is None:
+            remove(merged, name)
+        else:
+            former = {"class_path": former} if isinstance(former, str) else former
+            put(merged, name, merge(former, value if is_class(value) else {"init_args": value}))
     return merged
 
 
