@@ -11,7 +11,7 @@ candidate, and ``pool/decoder_agreement_valid``, of those that both keep or both
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ from datamodules.pools.maker import LatentsDtype, PoolMaker, PoolRecipe
 from datamodules.pools.position import PoolPosition
 from datamodules.pools.samples import PoolPairs, step_pair
 from datamodules.prompts import prompt_texts
-from datamodules.shards.manifest import Manifest
+from datamodules.shards.manifest import MANIFEST, Manifest
 from datamodules.stream.cursor import CursorDataModule, Segment
 from datamodules.stream.loading import FaultTolerantDataset, PairLoader, identity, ignore_signals
 from datamodules.stream.order import StoredOrder
 from datamodules.stream.positions import PoolSampler
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.files import resolved_path
-from lightning_modules.lightning_internals import epoch_is_open, expect_batches
+from lightning_modules.lightning_internals import SavedProgress, epoch_is_open, expect_batches
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.policies.tiny_decoder import TinyDecoder
 from lightning_modules.randomness import generator
@@ -185,6 +185,22 @@ class StepPoolDataModule(CursorDataModule):
             )
         self._position = None if state["place"] is None else PoolPosition(**state["place"])
         self._saved = {} if self._position is None else {-1: self._position.name}  # the step is not restored yet
+
+    def missing_for(self, checkpoint: Mapping[str, Any], run_dir: Path) -> str | None:
+        """What a checkpoint cannot be resumed without and is not there: the pool that it is within; else None.
+
+        Args:
+            checkpoint: What the file holds.
+            run_dir: The run's folder.
+        """
+        place = checkpoint.get(type(self).__qualname__, {}).get("place")
+        if place is None:
+            return None
+        position, trained = PoolPosition(**place), SavedProgress.of(checkpoint).batches_trained
+        folder = resolved_path(position.name) if self.reuse else (self.pools_dir or run_dir / "pools") / position.name
+        if trained - position.first_batch >= position.batches or (folder / MANIFEST).is_file():
+            return None
+        return f"is within the pool {folder}, which is gone"
 
     # ------------------------------------------------------------------------------------- loaders
 

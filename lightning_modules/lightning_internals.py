@@ -7,7 +7,7 @@ meaning, and where another file of ours uses such a part.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,12 @@ def batch_is_open(trainer: Trainer) -> bool:
     """Whether a batch is trained on whose end the loop has not seen yet: callbacks are still called for it."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return bool(batches.completed < batches.processed)
+
+
+def amid_batch(trainer: Trainer) -> bool:
+    """Whether a batch is begun and not yet trained on."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(batches.processed < batches.started)
 
 
 def epoch_is_open(trainer: Trainer) -> bool:
@@ -79,7 +85,7 @@ class SavedProgress:
         self._this_epoch, self._all_epochs = batches["current"], batches["total"]
 
     @classmethod
-    def of(cls, checkpoint: dict[str, Any]) -> SavedProgress:
+    def of(cls, checkpoint: Mapping[str, Any]) -> SavedProgress:
         """A copy of what the checkpoint says."""
         return cls(deepcopy(checkpoint["loops"]["fit_loop"]))
 

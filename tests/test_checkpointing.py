@@ -355,7 +355,7 @@ def test_a_run_never_starts_afresh_where_all_checkpoints_are_damaged(start, copi
     for file in copied.iterdir():
         harm(file, "empty")
     for word in ("--resume=auto", "--resume=last"):
-        with pytest.raises(ConfigError, match="no checkpoint is whole: .*last.ckpt is empty, .*; bring one back"):
+        with pytest.raises(ConfigError, match="no checkpoint can be used: .*last.ckpt is empty, .*; bring one back"):
             start(word)
     with pytest.raises(ConfigError, match="already holds a run"):
         start()

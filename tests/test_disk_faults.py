@@ -42,22 +42,24 @@ class Disk:
 
     Args:
         kind: of the request that fails: "write", "rename" or "fsync".
-        at: its number among those of its kind, from 1 on; 0 lets none fail.
+        at: its number among those of its kind, from 1 on.
+        lasting: whether all of the kind that come after it fail, too.
     """
 
-    def __init__(self, folder: Path, kind: str, at: int) -> None:
-        self.folder, self.kind, self.at = str(folder), kind, at
+    def __init__(self, folder: Path, kind: str, at: int, lasting: bool) -> None:
+        self.folder, self.kind, self.at, self.lasting = str(folder), kind, at, lasting
         self.asked = dict.fromkeys(KINDS, 0)
         self.lock = threading.Lock()  # TensorBoard writes in a thread
 
     @property
     def failed(self) -> bool:
-        return 0 < self.at <= self.asked[self.kind]
+        return self.at <= self.asked[self.kind]
 
     def ask(self, kind: str) -> None:
         with self.lock:
             self.asked[kind] += 1
-            fails = kind == self.kind and self.asked[kind] == self.at
+            number = self.asked[kind]
+        fails = kind == self.kind and (number >= self.at if self.lasting else number == self.at)
         if fails:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -147,12 +149,13 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_failure_is_one_line_and_costs_no_checkpoint(tmp_path, monkeypatch, capfd, whole, kind):
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+def test_every_failure_is_one_line_and_costs_no_checkpoint(tmp_path, monkeypatch, capfd, whole, kind, lasting):
     failures, n = 0, 0
     while True:
         n += 1
         folder = tmp_path / f"{n}"
-        with Disk(folder, kind, n).watched(monkeypatch) as disk:
+        with Disk(folder, kind, n, lasting).watched(monkeypatch) as disk:
             outcome = train(folder)
         told = capfd.readouterr().err
         if not disk.failed:
@@ -165,7 +168,9 @@ def test_every_failure_is_one_line_and_costs_no_checkpoint(tmp_path, monkeypatch
         assert "No space left on device" in lines[0], where
         files = sorted((folder / "checkpoints").glob("*.ckpt"))
         assert [damage_reason(file) for file in files] == [None] * len(files), where
-        if "checkpoint" in lines[0]:
+        saved_after = "saved step" in told  # the disk had room again
+        assert not (saved_after and lasting), where
+        if "checkpoint" in lines[0] and not saved_after:
             assert ("older checkpoints are intact" in lines[0]) == bool(files), where
         resumed = train(folder)
         assert resumed.status == 0, f"{where}\n{capfd.readouterr().err}"

@@ -135,6 +135,31 @@ class Ends(Callback):
         self.epoch.add(("end", internals.epoch_is_open(trainer)))
 
 
+class Amid(Regression):
+    """Whether it is amid a batch, in the order of hooks."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def note(self, where):
+        self.seen.append((where, internals.amid_batch(self.trainer)))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.note("start")
+
+    def on_before_optimizer_step(self, optimizer):
+        self.note("step")
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.note("end")
+
+
+def test_what_is_amid_a_batch(tmp_path):
+    seen = fit(tmp_path, module=Amid(), steps=2).seen
+    assert seen == [("start", False), ("step", True), ("end", False)] * 2
+
+
 def test_what_is_open(tmp_path):
     ends = Ends()
     fit(tmp_path, ends, steps=20, module=Validated(), num_sanity_val_steps=0, val_check_interval=5)

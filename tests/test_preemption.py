@@ -20,7 +20,7 @@ from callbacks.resume.exact_resume import ExactResume
 from callbacks.resume.preemption import Preemption
 from callbacks.resume.slurm import requeue
 from datamodules.step_pool import StepPoolDataModule
-from lightning_modules.errors import DataError
+from lightning_modules.errors import DataError, DivergenceError
 from lightning_modules.objectives.spo import SPO
 from lightning_modules.references import AdapterOff
 from lightning_modules.sampling.step_sampler import StepSampler
@@ -133,6 +133,80 @@ def test_a_signal_while_saving_does_no_harm(whole, tmp_path):
         run(tmp_path, Sends(4, TERM), plugins=[SendsWhileSaving()])
     resumed = run(tmp_path, ckpt_path=newest_checkpoint(tmp_path / "checkpoints"))
     assert torch.equal(resumed.net.weight, whole.net.weight)
+
+
+# -------------------------------------------------------------------------------------------- errors
+
+
+class Breaks(Regression):
+    """Raises at a place of the batch that is trained on as the n-th."""
+
+    def __init__(self, place, n):
+        super().__init__()
+        self.place, self.n = place, n
+
+    def fails(self, place):
+        if place == self.place and len(self.losses) == self.n + (place != "data"):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        collate = loader.collate_fn
+
+        def failing(samples):
+            self.fails("data")
+            return collate(samples)
+
+        loader.collate_fn = failing
+        return loader
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.fails("forward")
+        return loss
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.fails("update")
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.fails("end")
+
+
+# Windows of 3 batches: 4 is within one, 5 ends one, 9 is the last of an epoch.
+@pytest.mark.parametrize("n", [4, 5, 9])
+@pytest.mark.parametrize("place", ["data", "forward", "end"])
+def test_an_error_that_leaves_the_state_sound_is_saved_on(whole, tmp_path, capfd, place, n):
+    with pytest.raises(RuntimeError, match="killed by signal"):
+        run(tmp_path, module=Breaks(place, n))
+    newest = newest_checkpoint(tmp_path / "checkpoints")
+    # 9: an epoch of ten batches ends with a window of one.
+    step = {4: 1, 5: 2 if place == "end" else 1, 9: 4 if place == "end" else 3}[n]
+    assert names(tmp_path) == ["last.ckpt", f"step={step:07d}.ckpt"]
+    assert f"saved step {step} in {newest}" in capfd.readouterr().err
+    resumed = run(tmp_path, ckpt_path=newest)
+    assert torch.equal(resumed.net.weight, whole.net.weight)
+    assert resumed.losses == whole.losses[-len(resumed.losses) :]
+
+
+@pytest.mark.parametrize("n", [5, 9])
+def test_an_error_in_the_middle_of_an_update_saves_nothing(tmp_path, capfd, n):
+    with pytest.raises(RuntimeError, match="killed by signal"):
+        run(tmp_path, module=Breaks("update", n))
+    assert names(tmp_path) == []
+    assert "saved step" not in capfd.readouterr().err
+
+
+class Diverges(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 2:
+            raise DivergenceError("steps were left out")
+
+
+def test_a_training_that_diverges_is_not_saved(tmp_path):
+    with pytest.raises(DivergenceError):
+        run(tmp_path, Diverges())
+    assert names(tmp_path) == []
 
 
 # ---------------------------------------------------------------------------------------- validations

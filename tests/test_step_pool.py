@@ -22,7 +22,7 @@ from tiny_world import make, trained_parameters, trainer
 from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
-from callbacks.resume.checkpoint_files import AtomicCheckpointIO
+from callbacks.resume.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
 from callbacks.resume.checkpointing import RunCheckpoint
 from callbacks.resume.exact_resume import ExactResume
 from datamodules.pools import folder as pool_folder
@@ -36,6 +36,7 @@ from datamodules.stream.loading import FaultTolerantDataset, PairLoader, identit
 from datamodules.stream.order import StoredOrder
 from datamodules.stream.positions import PoolSampler
 from experiments import run
+from experiments.cli.run_folder import resumable_checkpoint
 from lightning_modules.batches import StepPairs
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.objectives.dpo import DPO
@@ -316,9 +317,9 @@ class DiesAfter(Callback):
             raise Killed
 
 
-def long_run(pipelines, folder, scorer=None, dies_after=None, resume=False, every_n_steps=1, **options):
+def long_run(pipelines, folder, scorer=None, dies_after=None, resume=False, every_n_steps=1, keep=1, **options):
     """Three pools of 3, 2 and 3 steps; a checkpoint after every step."""
-    callbacks = [RunCheckpoint(every_n_steps, keep=1), ExactResume()]
+    callbacks = [RunCheckpoint(every_n_steps, keep), ExactResume()]
     callbacks += [] if dies_after is None else [DiesAfter(dies_after)]
     checkpoint = folder / "checkpoints" / "last.ckpt"
     return fit(
@@ -407,6 +408,32 @@ def test_a_pool_that_a_checkpoint_needs_and_that_is_gone_is_named(pipelines, tmp
     shutil.rmtree(other)
     with pytest.raises(DataError, match=message.format("none")):
         long_run(pipelines, tmp_path, resume=True)
+
+
+def test_auto_goes_back_to_a_checkpoint_whose_pool_is_there(uninterrupted, pipelines, tmp_path, caplog):
+    """Killed within the third pool, which is gone: the end of the second one is the newest place to resume from."""
+    with pytest.raises(Killed):
+        long_run(pipelines, tmp_path, dies_after=7, every_n_steps=2, keep=-1)
+    newest = newest_checkpoint(tmp_path / "checkpoints")
+    assert resumable_checkpoint(data(), tmp_path, newest) == newest
+    gone = pools_in(tmp_path)[-1]
+    shutil.rmtree(gone)
+    with caplog.at_level("INFO"):
+        older = resumable_checkpoint(data(), tmp_path, newest)
+    assert step_of(older) < step_of(newest)
+    assert f"{newest} is within the pool {gone}, which is gone" in caplog.text
+    assert f"; resuming from {older}" in caplog.text
+    for file in (tmp_path / "checkpoints").iterdir():
+        if step_of(file) > step_of(older):
+            file.unlink()
+    module, _ = long_run(pipelines, tmp_path, resume=True)
+    assert torch.equal(trained(module), uninterrupted[0])
+    assert resumable_checkpoint(data(), tmp_path, None) is None
+    assert resumable_checkpoint(object(), tmp_path, newest) == newest
+
+
+def step_of(file):
+    return torch.load(file, weights_only=True)["global_step"]
 
 
 def test_within_a_pool_batches_cannot_change_size(pipelines, tmp_path):

@@ -8,6 +8,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,28 @@ class NewestIntact:
     damaged: dict[Path, str]
 
 
-def newest_intact_checkpoint(folder: Path) -> NewestIntact:
-    """The newest checkpoint that nothing is wrong with."""
+def newest_intact_checkpoint(folder: Path, lacks: Callable[[dict[str, Any]], str | None] | None = None) -> NewestIntact:
+    """The newest checkpoint that nothing is wrong with.
+
+    Args:
+        folder: Where to look.
+        lacks: Says of a checkpoint's content what it cannot be resumed without and is not there, or None.
+    """
     damaged: dict[Path, str] = {}
     for file in _newest_first(folder):
         reason = damage_reason(file)
+        if reason is None and lacks is not None:
+            reason = lacks(content_of(file))
         if reason is None:
             return NewestIntact(file, damaged)
         damaged[file] = reason
     return NewestIntact(None, damaged)
+
+
+def content_of(file: Path) -> dict[str, Any]:
+    """What an intact checkpoint holds; its weights are read where they are asked for."""
+    content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return content
 
 
 def writing_order(file: Path) -> tuple[int, int] | None:

@@ -111,19 +111,22 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.save_now(trainer)
 
-    def save_now(self, trainer: pl.Trainer) -> None:
+    def save_now(self, trainer: pl.Trainer) -> bool:
         """Write what the run stands at, unless it is saved already; all ranks must call it.
+
+        Returns:
+            Whether it was written.
 
         Raises:
             DataError: this rank, or another one, cannot write it.
         """
         tries = trainer.fast_dev_run  # type: ignore[attr-defined]  # put there by a connector
         if tries or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
-            return
+            return False
         later = [callback for callback in callbacks_of(trainer) if isinstance(callback, AfterStep)]
         changed = trainer.global_step > 0 and any(callback.unsaved for callback in later)
         if trainer.global_step == self._saved_step and not changed:
-            return
+            return False
         self._write(trainer)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         for callback in later:
@@ -132,6 +135,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._clear_away(trainer)
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
+        return True
 
     @property
     def _folder(self) -> Path:

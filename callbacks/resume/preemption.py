@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
@@ -21,13 +22,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.resume.checkpoint_files import newest_checkpoint
 from callbacks.resume.checkpointing import RunCheckpoint, callbacks_of
 from callbacks.resume.slurm import requeue
+from lightning_modules.errors import DivergenceError
 from lightning_modules.lightning_internals import (
+    amid_batch,
     batch_is_open,
     log_step,
     replace_signal_handlers,
     restore_signal_handlers,
     take_children,
 )
+
+log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 OF_TERMINALS = (signal.SIGHUP, signal.SIGINT)  # somebody ended the run; the others come from schedulers
@@ -73,12 +78,15 @@ class Preemption(Callback):
 
     A second SIGINT ends the run at once, without saving. Other repeated signals change nothing. A run that was started
     with SIGHUP ignored (``nohup``) goes on when its terminal is closed.
+
+    An error, too, is saved on where it left the state sound: a data worker that was killed, an evaluation that failed,
+    a batch that did not fit into memory. Not so in the middle of an update, nor where steps have diverged.
     """
 
     def __init__(self) -> None:
         self._received = 0
         self._interrupts = 0
-        self._trained = False
+        self._trained = self._updating = False
         self._validated, self._common = 0, 0.0  # batches of a validation: done; that every rank has
         self._former: dict[int, Any] = {}
         self._trainer: pl.Trainer | None = None
@@ -89,7 +97,7 @@ class Preemption(Callback):
         if stage != "fit":
             return
         self._received = self._interrupts = 0
-        self._trained = False
+        self._trained = self._updating = False
         self._trainer = trainer
         self._install()
         replace_signal_handlers(trainer, self._install)
@@ -125,13 +133,38 @@ class Preemption(Callback):
         self._restore(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._is_sound(trainer, exception):
+            self._save_what_is_sound(trainer)
         self._restore(trainer)
+
+    # Errors
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        self._updating = True
+
+    def _is_sound(self, trainer: pl.Trainer, exception: BaseException) -> bool:
+        """Whether the run can be resumed exactly from where an error hit: anywhere but in the middle of an update.
+
+        With more than one process the others may wait for this one, and no checkpoint can be written together.
+        """
+        ours = isinstance(exception, Exception) and not isinstance(exception, DivergenceError)
+        updated_in_part = self._updating and amid_batch(trainer)
+        return ours and self._trained and trainer.world_size == 1 and not updated_in_part
+
+    def _save_what_is_sound(self, trainer: pl.Trainer) -> None:
+        try:
+            if _save(trainer):
+                newest = newest_checkpoint(_folder(trainer))
+                _tell(f"saved step {trainer.global_step} in {newest}; resume with --resume auto")
+        except Exception as error:  # the disk or the device may be what failed in the first place
+            log.info("what was trained since the last checkpoint could not be saved: %s", error)
 
     # Where ranks agree
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._updating = False
         self._trained = True  # before that the run is as in the checkpoint that it resumes from, if any
 
     def on_train_batch_end(
@@ -238,14 +271,16 @@ def interruptible(trainer: pl.Trainer) -> Iterator[None]:
         leaving.leave(trainer, given_up)
 
 
-def _save(trainer: pl.Trainer) -> None:
+def _save(trainer: pl.Trainer) -> bool:
+    """Whether there was something to save."""
     if batch_is_open(trainer):  # later Lightning has done it
         log_step(trainer)
     ours = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
-    for callback in ours:
-        callback.save_now(trainer)
     if trainer.checkpoint_callbacks and not ours:  # of other kinds, which save when they see fit
         trainer.save_checkpoint(_folder(trainer) / "last.ckpt")
+        return True
+    saved = [callback.save_now(trainer) for callback in ours]
+    return any(saved)
 
 
 def _folder(trainer: pl.Trainer) -> Path:

@@ -33,7 +33,7 @@ from experiments.cli import preflight
 from experiments.cli.closing import print_closing
 from experiments.cli.compose import JOBS
 from experiments.cli.explain import explain
-from experiments.cli.run_folder import check_writable, choose_checkpoint
+from experiments.cli.run_folder import check_writable, choose_checkpoint, resumable_checkpoint
 from experiments.cli.run_lock import locked_run
 from experiments.cli.saved_settings import Change, changes, save_settings
 from experiments.cli.setting_errors import one_line
@@ -265,6 +265,8 @@ class ExperimentCLI(LightningCLI):
     def run_job(self) -> None:
         """Run the job of the command line; test and predict are what the callbacks do, and read no data."""
         job = getattr(self.trainer, self.line.job)
+        if self.line.job == "fit" and self.config.ckpt_path == "auto":
+            self.checkpoint = resumable_checkpoint(self.datamodule, self.run_dir, self.checkpoint)
         checkpoint = None if self.checkpoint is None else str(self.checkpoint)
         with one_line(self.line.job):
             if self.line.job in ("test", "predict"):

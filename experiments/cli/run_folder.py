@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks.resume.checkpoint_files import damage_reason, newest_checkpoint, newest_intact_checkpoint
+from callbacks.resume.checkpoint_files import content_of, damage_reason, newest_checkpoint, newest_intact_checkpoint
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import resolved_path
 
@@ -48,19 +51,38 @@ def choose_checkpoint(job: str, folder: Path, asked: str | None) -> Path | None:
     return file
 
 
-def _newest(folder: Path) -> Path | None:
+@runtime_checkable
+class NeedsFiles(Protocol):
+    """A data module whose position means nothing without files of the run's own."""
+
+    def missing_for(self, checkpoint: Mapping[str, Any], run_dir: Path) -> str | None:
+        """What a checkpoint cannot be resumed without and is not there, or None."""
+
+
+def resumable_checkpoint(data: Any, run_dir: Path, newest: Path | None) -> Path | None:
+    """For ``auto``: the newest intact checkpoint that ``data`` can resume from; the ``newest`` unless files are gone.
+
+    Raises:
+        ConfigError: there are checkpoints, and it can resume from none.
+    """
+    if newest is None or not isinstance(data, NeedsFiles) or data.missing_for(content_of(newest), run_dir) is None:
+        return newest
+    return _newest(run_dir / "checkpoints", partial(data.missing_for, run_dir=run_dir))
+
+
+def _newest(folder: Path, lacks: Callable[[dict[str, Any]], str | None] | None = None) -> Path | None:
     """The newest whole checkpoint, None where there are none at all; tells of damaged ones.
 
     Raises:
         ConfigError: all are damaged. Starting anew would not be what was asked for.
     """
-    found = newest_intact_checkpoint(folder)
+    found = newest_intact_checkpoint(folder, lacks)
     if not found.damaged:
         return found.checkpoint
     told = ", ".join(f"{file} {reason}" for file, reason in found.damaged.items())
     if found.checkpoint is None:
         raise ConfigError(
-            f"no checkpoint is whole: {told}; bring one back from a copy, or start anew with another --run_dir"
+            f"no checkpoint can be used: {told}; bring one back from a copy, or start anew with another --run_dir"
         )
     rank_zero_info(f"{told}; resuming from {found.checkpoint}")
     return found.checkpoint
