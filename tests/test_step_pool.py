@@ -423,9 +423,7 @@ def test_auto_goes_back_to_a_checkpoint_whose_pool_is_there(uninterrupted, pipel
     assert step_of(older) < step_of(newest)
     assert f"{newest} is within the pool {gone}, which is gone" in caplog.text
     assert f"; resuming from {older}" in caplog.text
-    for file in (tmp_path / "checkpoints").iterdir():
-        if step_of(file) > step_of(older):
-            file.unlink()
+    shutil.copy(older, tmp_path / "checkpoints" / "last.ckpt")
     module, _ = long_run(pipelines, tmp_path, resume=True)
     assert torch.equal(trained(module), uninterrupted[0])
     assert resumable_checkpoint(data(), tmp_path, None) is None
