@@ -1,5 +1,6 @@
 """LoRA: what it computes, where it starts, and files that every reader takes whole."""
 
+import json
 import math
 import subprocess
 import sys
@@ -134,6 +135,8 @@ StableDiffusion({str(KINDS["sd"][1])!r}, LoRA()).save_pretrained(sys.argv[1])
         assert done.returncode == 0, done.stderr.decode()[-500:]
     first, second = ((tmp_path / seed / "pytorch_lora_weights.safetensors").read_bytes() for seed in ("1", "2"))
     assert first == second
+    header = json.loads(first[8 : 8 + int.from_bytes(first[:8], "little")])
+    assert list(header["__metadata__"]) == ["format", "lora_adapter_metadata"]  # safetensors would draw their order
 
 
 class TestStart:

@@ -11,7 +11,6 @@ imperfect drawings, judged by the exact reward, and PickScore's loss with in-bat
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def untrained(pipeline: str, seed: int) -> tuple[Any, Any]:
     """A CLIP model in fp32 that shares the pipeline's words, and its tokenizer."""
     source = Pretrained.find(pipeline)
     tokenizer: Any = source.component("tokenizer").load(CLIPTokenizer.from_pretrained, kind="tokenizer")
-    text: Any = source.component("text_encoder").load(partial(CLIPTextModel.from_pretrained, dtype=torch.float32))
+    text: Any = source.component("text_encoder").load_model(CLIPTextModel, torch.float32)
     torch.manual_seed(seed)
     words = text.config.to_dict()
     words.pop("_name_or_path", None)  # a path of this machine, which the exported model would carry on

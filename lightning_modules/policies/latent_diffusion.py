@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -49,7 +48,8 @@ class LatentDiffusion(DiffusionPolicy):
             the empty prompt for SD, zeros for SDXL.
 
     Raises:
-        ConfigError: missing or damaged weights, or a VAE with normalisation that is not supported.
+        ConfigError: missing or damaged weights, a base model of another kind, or a VAE with normalisation that is not
+            supported.
     """
 
     denoiser_class: ClassVar[Any]
@@ -75,9 +75,12 @@ class LatentDiffusion(DiffusionPolicy):
         self._negative_cache: dict[torch.device, Conditioning] = {}
         pipeline = Pretrained.find(pretrained, revision)
         trained_dtype = torch.float32 if adaptation.trains_denoiser_weights else self._frozen_dtype
-        network = load_model(self.denoiser_class, pipeline, self.denoiser_name, variant, trained_dtype, denoiser)
+        denoiser_source = component_source(pipeline, self.denoiser_name, denoiser)
+        self._check_denoiser(denoiser_source.load(self.denoiser_class.load_config))
+        network = denoiser_source.load_model(self.denoiser_class, trained_dtype, None if denoiser else variant)
         self.add_module(self.denoiser_name, network)
-        self.vae = load_model(AutoencoderKL, pipeline, "vae", variant, self._vae_dtype(pipeline, vae), vae)
+        vae_source = component_source(pipeline, "vae", vae)
+        self.vae = vae_source.load_model(AutoencoderKL, self._vae_dtype(vae_source), None if vae else variant)
         self._load_text(pipeline, variant, torch.float32 if adaptation.trains_text_encoders else self._frozen_dtype)
         self.schedule = self._load_schedule(pipeline)
         self._read_sizes()
@@ -114,7 +117,13 @@ class LatentDiffusion(DiffusionPolicy):
         config = pipeline.component("scheduler").load(DDIMScheduler.load_config, kind="scheduler")
         return NoiseSchedule.from_scheduler_config(config)
 
-    def _vae_dtype(self, pipeline: Pretrained, override: str | None) -> torch.dtype:
+    def _check_denoiser(self, config: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            ConfigError: the denoiser of another kind of base model.
+        """
+
+    def _vae_dtype(self, source: Pretrained) -> torch.dtype:
         return self._frozen_dtype
 
     def _read_sizes(self) -> None:
@@ -122,6 +131,13 @@ class LatentDiffusion(DiffusionPolicy):
         if getattr(config, "latents_mean", None) is not None:
             raise ConfigError("VAE: per-channel latents_mean and latents_std are not supported; use another VAE.")
         self.latent_channels = config.latent_channels
+        channels = self.denoiser.config.in_channels
+        if channels != self.latent_channels:
+            raise ConfigError(
+                f"base model: its {self.denoiser_name} reads {channels} channels and its VAE's latents have "
+                f"{self.latent_channels}; models for inpainting, editing or upscaling are not supported, give one for "
+                "text to image"
+            )
         self.downscale = 2 ** (len(config.block_out_channels) - 1)
         self.image_size = self.denoiser.config.sample_size * self.downscale
 
@@ -213,19 +229,3 @@ class LatentDiffusion(DiffusionPolicy):
 def component_source(pipeline: Pretrained, name: str, override: str | None) -> Pretrained:
     """Where a component comes from: the pipeline, or the place that ``override`` names."""
     return pipeline.component(name) if override is None else Pretrained.find(override)
-
-
-def load_model(
-    model_class: Any,
-    pipeline: Pretrained,
-    name: str,
-    variant: str | None,
-    dtype: torch.dtype,
-    override: str | None = None,
-) -> Any:
-    """Load a component of the pipeline, or the one that ``override`` names, in the given number type."""
-    source = component_source(pipeline, name, override)
-    options = {} if variant is None or override is not None else {"variant": variant}
-    # Published files may be fp16; diffusers and transformers have different words for the type to load them in.
-    word = "torch_dtype" if hasattr(model_class, "load_config") else "dtype"
-    return source.load(partial(model_class.from_pretrained, **{word: dtype}, **options))

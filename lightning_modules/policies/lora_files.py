@@ -39,8 +39,19 @@ def write_lora(folder: Path, policy: DiffusionPolicy, weights: Mapping[str, Tens
     policy.lora_loader.save_lora_weights(
         folder, **{f"{name}_lora_layers": dict(weights), f"{name}_lora_adapter_metadata": plain}
     )
+    _sort_metadata(folder / FILE)
     (folder / "kohya").mkdir()
     save_file(_as_kohya(weights), folder / "kohya" / "lora.safetensors", metadata={"format": "pt"})
+
+
+def _sort_metadata(file: Path) -> None:
+    """safetensors writes the metadata's entries in an order that differs from process to process."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        opened.seek(8)
+        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def _as_kohya(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

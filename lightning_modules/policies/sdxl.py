@@ -7,11 +7,10 @@ from diffusers import AutoencoderKL
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from jaxtyping import Float
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lightning_modules.batches import Conditioning
-from lightning_modules.policies.latent_diffusion import component_source, load_model
-from lightning_modules.policies.stable_diffusion import StableDiffusion, tokenize
+from lightning_modules.policies.stable_diffusion import StableDiffusion, read_tokenizer, tokenize
 from lightning_modules.weights.pretrained import Pretrained
 
 
@@ -25,15 +24,19 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     lora_loader = StableDiffusionXLLoraLoaderMixin
+    added_conditions = "text_time"
+    usual_steps_offset = None
 
     def _load_text(self, pipeline: Pretrained, variant: str | None, dtype: torch.dtype) -> None:
-        self.tokenizer = pipeline.component("tokenizer").load(CLIPTokenizer.from_pretrained, kind="tokenizer")
-        self.tokenizer_2 = pipeline.component("tokenizer_2").load(CLIPTokenizer.from_pretrained, kind="tokenizer")
-        self.text_encoder = load_model(CLIPTextModel, pipeline, "text_encoder", variant, dtype)
-        self.text_encoder_2 = load_model(CLIPTextModelWithProjection, pipeline, "text_encoder_2", variant, dtype)
+        self.text_encoder = pipeline.component("text_encoder").load_model(CLIPTextModel, dtype, variant)
+        second = pipeline.component("text_encoder_2")
+        self.text_encoder_2 = second.load_model(CLIPTextModelWithProjection, dtype, variant)
+        self.tokenizer = read_tokenizer(pipeline, "tokenizer", self.text_encoder)
+        self.tokenizer_2 = read_tokenizer(pipeline, "tokenizer_2", self.text_encoder_2)
+        self._check_width()
 
-    def _vae_dtype(self, pipeline: Pretrained, override: str | None) -> torch.dtype:
-        config = component_source(pipeline, "vae", override).load(AutoencoderKL.load_config)
+    def _vae_dtype(self, source: Pretrained) -> torch.dtype:
+        config = source.load(AutoencoderKL.load_config)
         return torch.float32 if config.get("force_upcast", True) else self._frozen_dtype
 
     def _encode_text(self, prompts: list[str]) -> Conditioning:

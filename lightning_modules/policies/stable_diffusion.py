@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from jaxtyping import Float
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lightning_modules.batches import Conditioning
+from lightning_modules.errors import ConfigError
 from lightning_modules.policies.adaptation import Adaptation
-from lightning_modules.policies.latent_diffusion import LatentDiffusion, load_model
+from lightning_modules.policies.latent_diffusion import LatentDiffusion
+from lightning_modules.prompt_lengths import CutPrompts
+from lightning_modules.schedules.discrete import NoiseSchedule
 from lightning_modules.weights.pretrained import Pretrained
+
+CUT_PROMPTS = CutPrompts("the policy's text encoder")
 
 
 class StableDiffusion(LatentDiffusion):
@@ -38,6 +45,9 @@ class StableDiffusion(LatentDiffusion):
     lora_loader: ClassVar[Any] = StableDiffusionLoraLoaderMixin
     blocks = (BasicTransformerBlock, ResnetBlock2D)
 
+    added_conditions: ClassVar[str | None] = None  # the UNet's addition_embed_type
+    usual_steps_offset: ClassVar[int | None] = 1  # what diffusers' pipeline sets; None where it takes the scheduler's
+
     unet: Any
 
     def __init__(
@@ -52,8 +62,38 @@ class StableDiffusion(LatentDiffusion):
         self.unet.set_attn_processor(AttnProcessor2_0() if attention == "sdpa" else AttnProcessor())
 
     def _load_text(self, pipeline: Pretrained, variant: str | None, dtype: torch.dtype) -> None:
-        self.tokenizer = pipeline.component("tokenizer").load(CLIPTokenizer.from_pretrained, kind="tokenizer")
-        self.text_encoder = load_model(CLIPTextModel, pipeline, "text_encoder", variant, dtype)
+        self.text_encoder = pipeline.component("text_encoder").load_model(CLIPTextModel, dtype, variant)
+        self.tokenizer = read_tokenizer(pipeline, "tokenizer", self.text_encoder)
+        self._check_width()
+
+    def _load_schedule(self, pipeline: Pretrained) -> NoiseSchedule:
+        config = pipeline.component("scheduler").load(DDIMScheduler.load_config, kind="scheduler")
+        offset = config.get("steps_offset", 0)
+        if self.usual_steps_offset is not None and offset != self.usual_steps_offset:
+            # StableDiffusionPipeline of diffusers does so, from which the papers' code starts.
+            rank_zero_info(f"the scheduler's steps_offset {offset} is taken as 1, as diffusers' pipeline does")
+            config = {**config, "steps_offset": self.usual_steps_offset}
+        return NoiseSchedule.from_scheduler_config(config)
+
+    def _check_denoiser(self, config: Mapping[str, Any]) -> None:
+        found = config.get("addition_embed_type")
+        if found != self.added_conditions:
+            kind = "is that of an SDXL model" if found == "text_time" else f"has addition_embed_type {found!r}"
+            raise ConfigError(
+                f"base model: its UNet {kind}, which {type(self).__name__} does not run; set model.policy to "
+                f"{'StableDiffusionXL' if found == 'text_time' else 'StableDiffusion'}, or give another base model"
+            )
+        if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+            raise ConfigError("base model: its UNet reads classes besides prompts; give a model for text to image")
+
+    def _check_width(self) -> None:
+        encoders: list[Any] = [encoder for name, encoder in self.encoders().items() if name != "vae"]
+        width, wanted = sum(encoder.config.hidden_size for encoder in encoders), self.unet.config.cross_attention_dim
+        if wanted != width:
+            raise ConfigError(
+                f"base model: its UNet reads text of width {wanted} and its text encoders give {width}; give a UNet "
+                "and text encoders of one kind"
+            )
 
     def _encode_text(self, prompts: list[str]) -> Conditioning:
         ids = tokenize(self.tokenizer, prompts).to(self.device)
@@ -82,7 +122,27 @@ class StableDiffusion(LatentDiffusion):
         return None
 
 
+def read_tokenizer(pipeline: Pretrained, name: str, text_encoder: Any) -> Any:
+    """The tokenizer that lies in ``name``, which cuts where its text encoder does if its files don't say where.
+
+    Raises:
+        ConfigError: it knows more tokens than the text encoder.
+    """
+    tokenizer: Any = pipeline.component(name).load(CLIPTokenizer.from_pretrained, kind="tokenizer")
+    config = text_encoder.config
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"base model: its {name} knows {len(tokenizer)} tokens and its text encoder {config.vocab_size}; give the "
+            "tokenizer that belongs to it"
+        )
+    # transformers says 10^30 where the files say nothing.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    return tokenizer
+
+
 def tokenize(tokenizer: Any, prompts: list[str]) -> Tensor:
     """Token ids ``[n, l]``, padded or cut to the length that the text encoder was trained with (77 for CLIP)."""
     length = tokenizer.model_max_length
-    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    batch = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    CUT_PROMPTS.look(tokenizer, prompts, batch.attention_mask)
+    return batch.input_ids

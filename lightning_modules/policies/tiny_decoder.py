@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import torch
@@ -30,9 +29,10 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, pretrained: str, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -> None:
         super().__init__()
-        read = partial(AutoencoderTiny.from_pretrained, torch_dtype=DTYPES[dtype])
         # Only its decoder is ever used.
-        self.decoder = Pretrained.find(pretrained).load(read).decoder.requires_grad_(False).eval()
+        self.decoder = (
+            Pretrained.find(pretrained).load_model(AutoencoderTiny, DTYPES[dtype]).decoder.requires_grad_(False).eval()
+        )
 
     @torch.no_grad()
     def forward(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:

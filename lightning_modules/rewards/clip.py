@@ -16,8 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor
 
+from lightning_modules.prompt_lengths import CutPrompts
 from lightning_modules.weights.pretrained import Pretrained
 
+CUT_PROMPTS = CutPrompts("CLIP as a judge")
 CONTEXT_LENGTH = 77  # tokens CLIP was trained with, begin and end included; smaller models' tokenizers say less
 
 
@@ -87,6 +89,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> tuple[Int[Tensor, "n l"]
     """Token ids and attention mask, cut to CLIP's length."""
     length = min(CONTEXT_LENGTH, tokenizer.model_max_length)
     batch = tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+    if batch.attention_mask.shape[1] == length:
+        CUT_PROMPTS.look(tokenizer, prompts, batch.attention_mask)
     return batch.input_ids, batch.attention_mask
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -42,7 +41,7 @@ class PickScore(RewardModel):
         self.scale = scale
         source = Pretrained.find(pretrained)
         processor_source = source if processor is None else Pretrained.find(processor)
-        self.model: Any = source.load(partial(CLIPModel.from_pretrained, dtype=DTYPES[dtype]))
+        self.model: Any = source.load_model(CLIPModel, DTYPES[dtype])
         self.tokenizer: Any = processor_source.load(read_tokenizer, kind="tokenizer")
         self.preprocess = ClipPreprocessing.load(processor_source)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def save_folder(folder: Path, clip: Any, tokenizer: Any, processing: ClipPreproc
 
 
 def _plain_clip(source: Pretrained) -> Any:
-    clip: Any = source.load(partial(CLIPModel.from_pretrained, dtype=torch.float32))
+    clip: Any = source.load_model(CLIPModel, torch.float32)
     add_time_conditioning(clip)
     return clip
 

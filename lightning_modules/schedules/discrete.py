@@ -56,8 +56,10 @@ class NoiseSchedule(Schedule):
         ``set_alpha_to_one``, which is False: Stable Diffusion's own value.
 
         Raises:
-            ConfigError: a beta schedule, prediction type or spacing that is none of the known ones.
+            ConfigError: a beta schedule, prediction type or spacing that is none of the known ones; thresholding; a
+                scheduler that has no betas at all, such as a rectified flow's.
         """
+        _check_family(config)
         alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
         prediction_type = config.get("prediction_type", "epsilon")
         spacing = config.get("timestep_spacing", "leading")
@@ -173,10 +175,28 @@ def _require(key: str, value: object, known: tuple[str, ...]) -> None:
         raise ConfigError(f"scheduler config: {key} must be one of {', '.join(known)}, got {value!r}")
 
 
+def _check_family(config: Mapping[str, Any]) -> None:
+    name = config.get("_class_name")
+    has_betas = any(config.get(key) is not None for key in ("beta_schedule", "beta_start", "trained_betas"))
+    if (name is not None and not has_betas) or config.get("use_flow_sigmas"):
+        raise ConfigError(
+            f"scheduler config: {name} is no discrete diffusion with betas; give a base model that was trained as one, "
+            "such as Stable Diffusion 1.x, 2.x or XL"
+        )
+    if config.get("thresholding"):
+        raise ConfigError(
+            "scheduler config: thresholding is for models of pixels and is not supported; "
+            'write "thresholding": false into scheduler_config.json'
+        )
+
+
 def _betas(config: Mapping[str, Any]) -> Float[Tensor, " T"]:
     """beta_1 .. beta_T as diffusers' schedulers compute them."""
     kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    trained = config.get("trained_betas")
+    if trained is not None:
+        return torch.tensor(trained, dtype=torch.float32)
     _require("beta_schedule", kind, ("linear", "scaled_linear", "squaredcos_cap_v2"))
     if kind == "linear":
         betas = torch.linspace(start, end, steps, dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Collection, Mapping
+from json import JSONDecodeError
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -24,12 +25,19 @@ UNREADABLE = (
     pickle.UnpicklingError,
     SafetensorError,
 )
+# Of these, what a file with wrong bytes causes.
+DAMAGED = (EOFError, struct.error, pickle.UnpicklingError, SafetensorError, UnicodeDecodeError, JSONDecodeError)
 
 
 def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
     """What of two sets of named tensors differs in name or shape, for a message; None if nothing does."""
     missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
     reshaped = [name for name in wanted.keys() & found.keys() if wanted[name].shape != found[name].shape]
+    return described(missing, unknown, reshaped)
+
+
+def described(missing: Collection[str], unknown: Collection[str], reshaped: Collection[str]) -> str | None:
+    """How many names of each kind there are, with an example; None if there are none."""
     if not (missing or unknown or reshaped):
         return None
     return f"{_few(missing)} missing, {_few(unknown)} unknown, {_few(reshaped)} of another shape"
