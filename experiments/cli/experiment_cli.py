@@ -42,7 +42,6 @@ from experiments.cli.step_size import pairs_per_step, settle_step
 from experiments.cli.tree import flat, references, within
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.lightning_internals import configured_trainer
-from lightning_modules.weights.sharding import FullyShardedStrategy
 
 
 class OneLineParser(LightningArgumentParser):
@@ -214,7 +213,6 @@ class ExperimentCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The configured trainer, with this framework's logger, checkpoints and plugins where none are named."""
         config = {**self.config_init.get("trainer", {}), **kwargs}
-        _check_strategy(config["strategy"])
         if config["logger"] in (None, True):
             config["logger"] = TensorBoardLogger(self.run_dir, name="", version="")
         callbacks = config["callbacks"] or []
@@ -324,21 +322,3 @@ def _check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
                 f"trainer.callbacks: {type(callback).__name__} averages frozen networks, too, and a run cannot go on "
                 "from its checkpoints; use --model.ema=ExponentialMovingAverage"
             )
-
-
-def _check_strategy(strategy: Any) -> None:
-    """
-    Raises:
-        ConfigError: one under which this framework has not been made to work.
-    """
-    if isinstance(strategy, str):
-        known, name = strategy in ("auto", "fsdp2") or strategy.startswith("ddp"), strategy
-    else:
-        kinds = pl.strategies.DDPStrategy | pl.strategies.SingleDeviceStrategy | FullyShardedStrategy
-        known, name = isinstance(strategy, kinds), type(strategy).__name__
-    if not known:
-        raise ConfigError(
-            f"trainer.strategy {name} is not supported: pools, pictures, exports and checkpoints take whole weights; "
-            "use ddp, or fsdp2 (ModelParallelStrategy, set up for them) where a process has no room for all weights, "
-            "gradients and moments"
-        )

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from datamodules.prompts import prompt_texts
 from datamodules.shards.download import is_remote
@@ -24,6 +25,7 @@ from experiments.cli.tree import MISSING, class_of, find, is_class, short
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.files import resolved_path
 from lightning_modules.weights.pretrained import Pretrained
+from lightning_modules.weights.sharding import FullyShardedStrategy
 
 PACKAGES = ("lightning_modules", "datamodules", "callbacks")
 HUB_SECONDS = 10.0
@@ -54,6 +56,7 @@ def check(settings: Mapping[str, Any], job: str) -> None:
 def problems(settings: Mapping[str, Any], job: str) -> Iterator[str]:
     """One line each, in the order of the settings."""
     trains = job in ("fit", "validate")
+    yield from _strategy(find(settings, "trainer.strategy"))
     for key, path, arguments in _classes(settings):
         if key == "data" and not trains:
             continue  # test and predict read none
@@ -71,6 +74,22 @@ def problems(settings: Mapping[str, Any], job: str) -> Iterator[str]:
             yield from _prompts("pictures.prompts", prompts, {})
     if job == "fit":
         yield from contradictions(settings)
+
+
+def _strategy(strategy: Any) -> Iterator[str]:
+    """One under which this framework has not been made to work."""
+    if is_class(strategy):
+        kind, name = _imported(strategy["class_path"]), short(strategy["class_path"])
+        known = kind is None or issubclass(kind, DDPStrategy | SingleDeviceStrategy | FullyShardedStrategy)
+    else:
+        name = str(strategy)
+        known = strategy is MISSING or name in ("auto", "fsdp2") or name.startswith("ddp")
+    if not known:
+        yield (
+            f"trainer.strategy {name} is not supported: pools, pictures, exports and checkpoints take whole weights; "
+            "use ddp, or fsdp2 (ModelParallelStrategy, set up for them) where a process has no room for all weights, "
+            "gradients and moments"
+        )
 
 
 def contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -137,9 +156,12 @@ def check_kind_of_pairs(tree: Mapping[str, Any]) -> None:
 def _class(path: str) -> type | None:
     """A class that the settings name, if its module is imported already or lies in our packages."""
     module = path.rpartition(".")[0] or known_classes().get(path, "")
-    if not module.startswith(PACKAGES):
-        return None
-    found = getattr(importlib.import_module(module), short(path), None)
+    return _imported(f"{module}.{short(path)}") if module.startswith(PACKAGES) else None
+
+
+def _imported(path: str) -> type | None:
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name, None) if module else None
     return found if inspect.isclass(found) else None
 
 
