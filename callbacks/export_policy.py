@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.evaluation.pictures import alignment
 from lightning_modules.files import remove_folder
-from lightning_modules.weights.sharding import whole
+from lightning_modules.weights.sharding import unsharded
 
 
 class ExportPolicy(Callback):
@@ -58,7 +58,7 @@ class ExportPolicy(Callback):
         if self._exported_at == trainer.global_step:
             return
         folder = Path(trainer.default_root_dir) / "export"
-        with whole(module.policy.denoiser), module.averaged():
+        with unsharded(module.policy), module.averaged():
             if trainer.is_global_zero:
                 module.policy.save_pretrained(folder / f"step={trainer.global_step:07d}")
         self._exported_at = trainer.global_step

@@ -31,7 +31,13 @@ from lightning_modules.policies.adaptation import FullFineTuning
 from lightning_modules.policies.lora import LoRA
 from lightning_modules.references import AdapterOff, FrozenCopy
 from lightning_modules.weights.averaging import ExponentialMovingAverage
-from lightning_modules.weights.sharding import FullyShardedStrategy, whole, whole_tensor
+from lightning_modules.weights.sharding import (
+    FullyShardedStrategy,
+    gathered_weights,
+    own_class,
+    unsharded,
+    whole_tensor,
+)
 
 STEPS = 4
 QUICK = {"class_path": "Sampler", "init_args": {"steps": 2, "guidance_scale": 2.0}}
@@ -342,20 +348,40 @@ def test_a_step_left_out_leaves_no_trace(pipelines, fit_alone):
     assert all(torch.equal(whole_tensor(a), whole_tensor(b)) for a, b in zip(state(spoiled, one), state(without, two)))
 
 
-def test_within_whole_a_network_is_what_it_was(pipelines, fit_alone):
+def test_gathered_a_network_has_its_weights_in_every_pass(pipelines, fit_alone):
     module, plain = (make(pipelines, FullFineTuning(), FrozenCopy()) for _ in range(2))
     fit_alone(module, batches(0))
-    names = [type(part) for part in module.policy.unet.modules()]
-    assert isinstance(module.policy.unet, FSDPModule)
-    with whole(*module.denoisers()), whole(module.policy.unet):
-        assert [type(part) for part in module.policy.unet.modules()] == [
-            type(part) for part in plain.policy.unet.modules()
-        ]
-        for network in module.denoisers():
-            assert not any(isinstance(value, DTensor) for value in network.state_dict().values())
+    unet = module.policy.unet
+    assert isinstance(unet, FSDPModule)
+    assert [own_class(part) for part in unet.modules()] == [type(part) for part in plain.policy.unet.modules()]
+    query = (torch.zeros(1, 4, 8, 8), torch.tensor([5]), torch.zeros(1, 77, 32))
+    with torch.no_grad(), gathered_weights(*module.denoisers()):
+        with gathered_weights(unet):
+            first = unet(*query).sample
+        for network in module.denoisers():  # a pass, and the end of the inner one, leave them gathered
+            network(*query)
             assert not any(isinstance(value, DTensor) for value in network.parameters())
-    assert [type(part) for part in module.policy.unet.modules()] == names
     assert all(isinstance(value, DTensor) for network in module.denoisers() for value in network.parameters())
+    with torch.no_grad():
+        assert torch.equal(unet(*query).sample, first)
+    assert all(isinstance(value, DTensor) for value in unet.parameters())
+
+
+def test_unsharded_a_network_is_what_it_was_and_comes_back(pipelines, fit_alone):
+    module, plain = (make(pipelines, LoRA(), AdapterOff()) for _ in range(2))
+    fit_alone(module, batches(0))
+    unet = module.policy.unet
+    with unsharded(module.policy):
+        found = module.policy.unet
+        assert [type(part) for part in found.modules()] == [type(part) for part in plain.policy.unet.modules()]
+        assert {name: value.requires_grad for name, value in found.named_parameters()} == {
+            name: value.requires_grad for name, value in plain.policy.unet.named_parameters()
+        }
+        assert not any(isinstance(value, DTensor) or value.is_meta for value in found.state_dict().values())
+        for name, value in unet.state_dict().items():
+            assert torch.equal(found.state_dict()[name], whole_tensor(value))
+    assert module.policy.unet is unet
+    assert all(isinstance(value, DTensor) for value in unet.parameters())
 
 
 class Other(LightningModule):

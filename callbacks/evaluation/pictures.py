@@ -20,7 +20,7 @@ from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import ConfigError
 from lightning_modules.progress import Work
 from lightning_modules.sampling.pictures import Denoise, Sampler, initial_noise
-from lightning_modules.weights.sharding import whole
+from lightning_modules.weights.sharding import gathered_weights
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def evaluation_mode(module: AlignmentModule) -> Iterator[None]:
         torch.inference_mode(False),
         torch.no_grad(),
         isolate_rng(),
-        whole(*module.denoisers()),
+        gathered_weights(*module.denoisers()),
         module.averaged(),
     ):
         module.eval()

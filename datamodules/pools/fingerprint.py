@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.weights.sharding import own_class
+
 
 def digest(value: Any) -> str:
     """A short hash of plain values."""
@@ -29,7 +31,7 @@ def fingerprint(module: nn.Module, frozen_in_full: bool = False) -> str:
     for name, part in module.named_modules():
         plain = {key: value for key, value in vars(part).items() if _is_plain(value)}
         shown = sorted((key, value) for key, value in plain.items() if not key.startswith("_") and key != "training")
-        found.update(repr((name, type(part).__name__, shown)).encode())
+        found.update(repr((name, own_class(part).__name__, shown)).encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         values = tensor.detach().reshape(-1)
         if not (tensor.requires_grad or frozen_in_full):
@@ -58,4 +60,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def _bytes(values: Tensor) -> bytes:
-    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    # A clone: numpy takes hold of a tensor's memory, which gathered weights are to be freed from.
+    return values.detach().cpu().clone().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -22,7 +22,7 @@ from lightning_modules.progress import Work
 from lightning_modules.randomness import generator
 from lightning_modules.sampling.step_sampler import Rollout, SeededDraws, StepSampler
 from lightning_modules.sampling.step_scorers import StepScorer
-from lightning_modules.weights.sharding import whole
+from lightning_modules.weights.sharding import gathered_weights
 
 LatentsDtype = Literal["float32", "float16"]
 
@@ -110,10 +110,10 @@ class PoolMaker:
         Raises:
             DataError: the folder can't be written or isn't shared, or another rank failed.
         """
-        with whole(self.policy.denoiser):  # each rank samples prompts of its own
-            return self._make_with_whole_weights(number, policy_step)
+        with gathered_weights(self.policy.denoiser):  # each rank samples prompts of its own
+            return self._make_with_full_weights(number, policy_step)
 
-    def _make_with_whole_weights(self, number: int, policy_step: int) -> str:
+    def _make_with_full_weights(self, number: int, policy_step: int) -> str:
         settings = self.strategy.broadcast(self._settings(number, policy_step))
         # The step counts what the weights have learned; the weights themselves are in the hash.
         name = f"pool-{number:05d}-{digest({**settings, 'policy_step': 0})}"

@@ -5,16 +5,19 @@ each weight of the denoiser, and of the reference's frozen copy. The weights of 
 and freed afterwards; gradients are added up straight into the parts. VAE, text encoders and rewards stay whole: they
 are small, frozen, and asked by one process at a time.
 
-Processes draw pictures, sample pools and export each for itself. They do so within ``whole``, which gathers the
-networks once and lets them go at its end; it takes the room of whole weights, not that of gradients and moments.
+Processes draw pictures and sample pools each for itself. They do so within ``gathered_weights``, which gathers the
+networks once and lets them go at its end, and export within ``unsharded``; both take the room of the networks' full
+weights, not that of gradients and moments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from copy import deepcopy
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary, WeakSet
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
@@ -52,6 +55,7 @@ def shard(network: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceM
     """
     if isinstance(network, FSDPModule):
         return
+    _UNSHARDED[network] = _without_weights(network)
     parts = [part for part in network.modules() if isinstance(part, blocks) and part is not network]
     for part in (*reversed(parts), network):  # what lies within another one first
         # Also what is in no block: between passes a network then has its parts, and no gathered weights.
@@ -61,47 +65,70 @@ def shard(network: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceM
         network.register_forward_hook(_forget_pass)
 
 
+# Sharded network -> what it was before, without its weights: ``fully_shard`` changes classes for good.
+_UNSHARDED: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+_GATHERED: WeakSet[nn.Module] = WeakSet()
+
+
+def _without_weights(network: nn.Module) -> nn.Module:
+    """A copy of the same classes and settings that takes no room."""
+    return deepcopy(network, {id(value): _meta(value) for value in network.parameters()})
+
+
+def _meta(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+
 def _forget_pass(network: Any, args: Any, output: Any) -> None:
     """torch notes each pass until the backward that goes with it, which a network that never trains has none of."""
-    if isinstance(network, FSDPModule):  # not so within ``whole``
+    if network not in _GATHERED:  # it would share out what is gathered
         network.reset_iter_state()
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Its class as it is written down, also while it is sharded: ``fully_shard`` puts one of its own over it."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+
+
 @contextmanager
-def whole(*networks: nn.Module) -> Iterator[None]:
-    """Within it sharded networks are what they were before: modules of their own classes, with all of their weights.
+def gathered_weights(*networks: nn.Module) -> Iterator[None]:
+    """Within it sharded networks have all of their weights, in every pass.
 
-    All processes must enter it together; what they do within it, and how often, is their own affair. Weights must not
-    be changed. Networks that are not sharded are left alone.
+    All processes must enter it together; how often each calls a network within it is its own affair. Weights must not
+    be changed, nor asked for by ``state_dict``, see ``unsharded``. Networks that are not sharded are left alone.
     """
-    with ExitStack() as former:
-        for part in [part for network in networks for part in network.modules()]:
-            if isinstance(part, FSDPModule):
-                former.callback(setattr, part, "__class__", type(part))
-                part.__class__ = type(part).__mro__[2]  # sharded class, FSDPModule, its own
-            for hooks in (part._forward_pre_hooks, part._forward_hooks, part._state_dict_pre_hooks):
-                _lay_aside(hooks, former)
-            for name, parameter in part.named_parameters(recurse=False):
-                if isinstance(parameter, DTensor):
-                    former.callback(part._parameters.__setitem__, name, parameter)
-                    gathered = nn.Parameter(whole_tensor(parameter), requires_grad=parameter.requires_grad)
-                    part._parameters[name] = gathered
+    entered = [network for network in networks if isinstance(network, FSDPModule) and network not in _GATHERED]
+    parts = [part for network in entered for part in network.modules() if isinstance(part, FSDPModule)]
+    try:
+        for network in entered:
+            _GATHERED.add(network)
+            network.set_reshard_after_forward(False)
+        for part in parts:
+            part.unshard()
         yield
+    finally:
+        for network in entered:
+            network.set_reshard_after_forward(True)
+            _GATHERED.discard(network)
+        for part in parts:
+            part.reshard()
 
 
-def _lay_aside(hooks: dict[int, Any], former: ExitStack) -> None:
-    """Take out torch's own, which would gather and share out; back they go before all others, where they were."""
-    aside = {key: hook for key, hook in hooks.items() if hook.__module__.startswith("torch.distributed.fsdp.")}
-    for key in aside:
-        del hooks[key]
-
-    def restore() -> None:
-        others = dict(hooks)
-        hooks.clear()
-        hooks.update(aside | others)
-
-    if aside:
-        former.callback(restore)
+@contextmanager
+def unsharded(owner: nn.Module) -> Iterator[None]:
+    """Within it the sharded networks among a module's children are plain copies: of their own classes, complete, and
+    for export alone. All processes must enter it together."""
+    sharded = {name: child for name, child in owner.named_children() if isinstance(child, FSDPModule)}
+    try:
+        for name, network in sharded.items():
+            plain = deepcopy(_UNSHARDED[network])
+            weights = {key: whole_tensor(value) for key, value in network.state_dict().items()}
+            plain.load_state_dict(weights, assign=True)
+            setattr(owner, name, plain)
+        yield
+    finally:
+        for name, network in sharded.items():
+            setattr(owner, name, network)
 
 
 def whole_tensor(value: Tensor) -> Tensor:
