@@ -270,3 +270,7 @@ def test_learning_rates_by_hand():
     assert rates(CosineWithWarmup(optimizer, total_steps=4), 5) == pytest.approx(
         [2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0.0]
     )
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"]
+    assert rates(CosineWithWarmup(optimizer, total_steps=6, warmup_steps=2), 8) == pytest.approx(
+        [0.0, 1.0, 2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0.0, 0.0]
+    )

@@ -129,3 +129,36 @@ def test_unknown_settings_name_themselves_and_the_known_ones(bad):
     ((key, value),) = bad.items()
     with pytest.raises(ConfigError, match=f"{key} must be one of .* got '{value}'"):
         schedule(**bad)
+
+
+def test_defaults_are_those_of_diffusers_ddim():
+    bare = {key: SD15[key] for key in ("beta_schedule", "beta_start", "beta_end")}
+    theirs = DDIMScheduler.from_config(bare)
+    theirs.set_timesteps(20)
+    ours = NoiseSchedule.from_scheduler_config(bare).trajectory(20)
+    assert [step.timestep for step in ours] == theirs.timesteps.tolist()
+    # Made by hand it is Stable Diffusion's own: 951, 901, ...
+    assert NoiseSchedule(torch.linspace(0.99, 0.01, 1000), 0.99).trajectory(20)[0].timestep == 951
+
+
+def test_a_step_from_pure_noise_has_no_direction_left_and_no_nan():
+    """With zero terminal SNR, s^2 = 1 - a_next at eta 1, of which rounding makes a little more."""
+    schedule_ = schedule(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    ends = torch.arange(999)
+    starts = torch.full_like(ends, 999)
+    std = schedule_.step_std(starts, ends, eta=1.0)
+    assert (1 - schedule_.alpha_cumprod(ends) - std**2).min() < 0  # else this test shows nothing
+    output, x = noise(999, 1, 2, 2, seed=1), noise(999, 1, 2, 2, seed=2)
+    mean, _ = schedule_.step_distribution(output, x, starts, ends, eta=1.0)
+    torch.testing.assert_close(
+        mean, schedule_.alpha_cumprod(ends).sqrt().view(-1, 1, 1, 1) * -output, atol=2e-3, rtol=0
+    )
+
+
+def test_a_scheduler_of_another_family_is_refused():
+    with pytest.raises(ConfigError, match="is no discrete diffusion"):
+        NoiseSchedule.from_scheduler_config({"_class_name": "EDMEulerScheduler", "sigma_min": 0.002})
+    with pytest.raises(ConfigError, match="is no discrete diffusion"):
+        schedule(_class_name="UniPCMultistepScheduler", use_flow_sigmas=True)
+    with pytest.raises(ConfigError, match="thresholding"):
+        schedule(thresholding=True)

@@ -35,7 +35,7 @@ class LatentDiffusion(DiffusionPolicy):
 
     Args:
         pretrained: the pipeline: a folder, a folder of the installed ``experiments`` package
-            (``embedded/shapes``), or a hub id.
+            (``embedded/shapes``), or a hub id; or a single ``.safetensors`` file, with ``layout``.
         adaptation: what trains.
         revision: branch, tag or commit of ``pretrained`` on the hub.
         variant: the weights' file variant, such as "fp16".
@@ -44,6 +44,8 @@ class LatentDiffusion(DiffusionPolicy):
         frozen_dtype: number type of the VAE, frozen text encoders and the denoiser's frozen weights. What trains is
             fp32 always.
         gradient_checkpointing: recompute the denoiser's activations in the backward pass: less memory, more time.
+        layout: for a single file: folder or hub id of a pipeline of the same kind, from which the configurations,
+            tokenizers and scheduler come. Its weights are not read.
         negative_prompt: what guidance contrasts with. None is what the diffusers pipelines do when none is given:
             the empty prompt for SD, zeros for SDXL.
 
@@ -67,13 +69,14 @@ class LatentDiffusion(DiffusionPolicy):
         frozen_dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
         gradient_checkpointing: bool = False,
         negative_prompt: str | None = "",
+        layout: str | None = None,
     ) -> None:
         super().__init__()
         self.adaptation = adaptation
         self.negative_prompt = negative_prompt
         self._frozen_dtype = DTYPES[frozen_dtype]
         self._negative_cache: dict[torch.device, Conditioning] = {}
-        pipeline = Pretrained.find(pretrained, revision)
+        pipeline = Pretrained.find(pretrained, revision, layout)
         trained_dtype = torch.float32 if adaptation.trains_denoiser_weights else self._frozen_dtype
         denoiser_source = component_source(pipeline, self.denoiser_name, denoiser)
         self._check_denoiser(denoiser_source.load(self.denoiser_class.load_config))

@@ -32,7 +32,7 @@ class StableDiffusion(LatentDiffusion):
 
     Args:
         pretrained: the pipeline: a folder, a folder of the installed ``experiments`` package
-            (``embedded/shapes``), or a hub id.
+            (``embedded/shapes``), or a hub id; or a single ``.safetensors`` file, with ``layout``.
         adaptation: what trains.
         unet: another UNet: the folder or ``organisation/name/subfolder`` that holds its config.json, such as
             ``mhdang/dpo-sd1.5-text2image-v1/unet``.

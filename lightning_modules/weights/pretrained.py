@@ -51,6 +51,7 @@ class Pretrained:
         local: whether ``location`` is a folder; then the network is never asked.
         subfolder: the part of a hub repository that is meant; "" for all of it.
         revision: branch, tag or commit on the hub; None for the default.
+        single_file: a checkpoint that holds the weights of all networks; everything else comes from the location.
     """
 
     name: str
@@ -58,12 +59,14 @@ class Pretrained:
     local: bool
     subfolder: str = ""
     revision: str | None = None
+    single_file: Path | None = None
 
     @staticmethod
-    def find(name: str, revision: str | None = None) -> Pretrained:
+    def find(name: str, revision: str | None = None, layout: str | None = None) -> Pretrained:
         """Resolve a name: an existing folder first (seen from the working folder), then a folder inside the
         installed ``experiments`` package (``embedded/shapes``), else a hub id, ``organisation/name`` or
-        ``organisation/name/subfolder``.
+        ``organisation/name/subfolder``. Or a single ``.safetensors`` file in the original layout of Stable Diffusion;
+        then ``layout`` is the folder or hub id that its configurations, tokenizers and scheduler come from.
 
         Raises:
             ConfigError: it is none of these.
@@ -72,7 +75,9 @@ class Pretrained:
         if folder.is_dir():
             return Pretrained(name, str(folder), local=True)
         if folder.suffix in _SINGLE_FILES:
-            raise ConfigError(_single_file(name, folder))
+            if folder.suffix != ".safetensors" or layout is None or not folder.is_file():
+                raise ConfigError(_single_file(name, folder))
+            return replace(Pretrained.find(layout), name=name, single_file=folder)
         match = _HUB_ID.fullmatch(name)
         if match is None:
             raise ConfigError(
@@ -95,7 +100,7 @@ class Pretrained:
         Raises:
             ConfigError: missing folder or file, unreadable weights, or a hub that does not answer.
         """
-        if self.local:
+        if self.local and not (self.single_file is not None and kind == "model"):
             self._check_files(kind)
         options: dict[str, object] = {"local_files_only": self.local}
         if self.subfolder:
@@ -119,7 +124,7 @@ class Pretrained:
         Raises:
             ConfigError: as ``load``; or weights are missing, unknown, or of other shapes than the configuration says.
         """
-        if self.local:
+        if self.local and self.single_file is None:
             self._check_files("model")
             variant = self._variant(variant)
         by_diffusers = hasattr(model_class, "load_config")
@@ -130,6 +135,17 @@ class Pretrained:
                     f"Pretrained weights: {self._described()} is of the class {found}, and a {model_class.__name__} is "
                     "wanted; give a base model of the kind that the policy's class names"
                 )
+        if self.single_file is not None:
+            from lightning_modules.weights.single_file import read_single_file  # needs diffusers, as little else here
+
+            return read_single_file(
+                model_class,
+                self.single_file,
+                dtype,
+                config=self.location,
+                subfolder=self.subfolder,
+                local_files_only=self.local,
+            )
         options: dict[str, Any] = {"torch_dtype" if by_diffusers else "dtype": dtype}
         if variant is not None:
             options["variant"] = variant
@@ -200,7 +216,9 @@ class Pretrained:
 def _single_file(name: str, file: Path) -> str:
     if not file.is_file():
         return f"Pretrained weights: no file {name!r} below {Path.cwd()}; give an existing one"
+    if file.suffix != ".safetensors":
+        return f"Pretrained weights: {name!r} is a single file that may hold code; convert it to .safetensors"
     return (
-        f"Pretrained weights: {name!r} is a single file, and a folder of components is wanted; convert it: "
-        "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) in diffusers"
+        f"Pretrained weights: {name!r} is a single file; set the policy's `layout` to a pipeline of the same kind, "
+        "such as stable-diffusion-v1-5/stable-diffusion-v1-5, from which configurations, tokenizers and scheduler come"
     )
