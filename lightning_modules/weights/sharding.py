@@ -87,7 +87,7 @@ def _forget_pass(network: Any, args: Any, output: Any) -> None:
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """Its class as it is written down, also while it is sharded: ``fully_shard`` puts one of its own over it."""
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+    return next(c for c in type(module).__mro__ if issubclass(c, nn.Module) and not issubclass(c, FSDPModule))
 
 
 @contextmanager
