@@ -1,0 +1,241 @@
+"""GPU memory by count: the tables of docs/memory.md.
+
+    python tests/bench_memory.py
+
+The networks are the real classes with the published configurations, written out below, on torch's meta device: nothing
+is downloaded and no weight has memory. Counted are weights, gradients, the optimizer's moments and the reference's
+copy. Activations are not. GB are 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import ceil, prod
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from lightning_modules.policies.lora import LoRA
+from lightning_modules.rewards.time_conditioning import add_time_conditioning
+
+DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
+UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
+
+# stable-diffusion-v1-5/stable-diffusion-v1-5, unet/config.json
+SD15_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN),
+    "up_block_types": (UP, CROSS_UP, CROSS_UP, CROSS_UP),
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+# stabilityai/stable-diffusion-xl-base-1.0, unet/config.json
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": (DOWN, CROSS_DOWN, CROSS_DOWN),
+    "up_block_types": (CROSS_UP, CROSS_UP, UP),
+    "layers_per_block": 2,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+# The same network in both pipelines.
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+# openai/clip-vit-large-patch14 and laion/CLIP-ViT-bigG-14-laion2B-39B-b160k, text towers
+CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+CLIP_G: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+# yuvalkirstain/PickScore_v1, which is laion/CLIP-ViT-H-14-laion2B-s32B-b79K
+CLIP_H: dict[str, Any] = {
+    "projection_dim": 1024,
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+}
+
+Shapes = list[tuple[int, ...]]
+
+
+def step_aware_model() -> nn.Module:
+    clip = CLIPModel(CLIPConfig(**CLIP_H))
+    add_time_conditioning(clip)
+    return clip
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "SD 1.5 UNet": lambda: UNet2DConditionModel(**SD15_UNET),
+    "SDXL UNet": lambda: UNet2DConditionModel(**SDXL_UNET),
+    "VAE": lambda: AutoencoderKL(**VAE),
+    "CLIP ViT-L text encoder": lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L)),
+    "OpenCLIP ViT-bigG text encoder": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G)),
+    "PickScore (CLIP ViT-H)": lambda: CLIPModel(CLIPConfig(**CLIP_H)),
+    "step-aware preference model": step_aware_model,
+}
+
+
+@cache
+def numbers(name: str) -> int:
+    """Parameters of a network."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in NETWORKS[name]().parameters())
+
+
+@cache
+def trained_shapes(unet: str, rank: int | None) -> Shapes:
+    """Shapes of what trains: the UNet's own weights, or with a rank its LoRA on ``LoRA.targets``."""
+    with torch.device("meta"):
+        network = NETWORKS[unet]()
+        if rank is not None:
+            LoRA(rank=rank).apply(SimpleNamespace(denoiser=network))  # type: ignore[arg-type]
+    return [tuple(parameter.shape) for parameter in network.parameters() if parameter.requires_grad]
+
+
+# Bytes of an optimizer's state, for parameters of the given shapes.
+
+
+def adamw(shapes: Shapes) -> int:
+    """Two fp32 moments per number."""
+    return 8 * sum(map(prod, shapes))
+
+
+def adafactor(shapes: Shapes) -> int:
+    """fp32 sums over the last and over the last but one dimension, without first moment; of a vector the square."""
+    return sum(
+        4 * (prod(shape[:-1]) + prod(shape[:-2] + shape[-1:]) if len(shape) > 1 else prod(shape)) for shape in shapes
+    )
+
+
+def eight_bit_adam(shapes: Shapes) -> int:
+    """bitsandbytes: two bytes per number and two fp32 scales per 256 numbers; tensors below 4096 numbers as AdamW."""
+    return sum(8 * prod(s) if prod(s) < 4096 else 2 * prod(s) + 8 * ceil(prod(s) / 256) for s in shapes)
+
+
+OPTIMIZERS = {"AdamW": adamw, "Adafactor": adafactor, "8-bit Adam": eight_bit_adam}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A method on a base model.
+
+    Attributes:
+        rank: LoRA's; None trains the UNet's own weights.
+        frozen: frozen networks on the GPU besides the UNet.
+        copy: whether the reference keeps a copy of the UNet.
+    """
+
+    unet: str
+    method: str
+    rank: int | None
+    frozen: tuple[str, ...]
+    copy: bool = False
+
+    def bytes_held(self, frozen_bytes: int) -> dict[str, int]:
+        """By purpose, where a frozen number takes ``frozen_bytes``. What trains and the copy of it take 4."""
+        shapes = trained_shapes(self.unet, self.rank)
+        trained = sum(map(prod, shapes))
+        base = 0 if self.rank is None else numbers(self.unet)
+        frozen = frozen_bytes * (base + sum(map(numbers, self.frozen)))
+        held = {"weights": 4 * trained + frozen, "gradients": 4 * trained, "copy": 4 * trained if self.copy else 0}
+        return held | {name: state(shapes) for name, state in OPTIMIZERS.items()}
+
+
+TEXT = {
+    "SD 1.5 UNet": ("CLIP ViT-L text encoder",),
+    "SDXL UNet": ("CLIP ViT-L text encoder", "OpenCLIP ViT-bigG text encoder"),
+}
+SPO_RANK = {"SD 1.5 UNet": 4, "SDXL UNet": 64}  # the configs spo_sd15 and spo_sdxl
+
+
+def trainings() -> list[Training]:
+    found = []
+    for unet, text in TEXT.items():
+        frozen, rank = ("VAE", *text), SPO_RANK[unet]
+        found += [
+            Training(unet, "DPO, full", None, frozen, copy=True),
+            Training(unet, "DPO, LoRA rank 64", 64, frozen),
+            Training(unet, f"SPO, LoRA rank {rank}", rank, (*frozen, "step-aware preference model")),
+            Training(unet, "SFT, full", None, frozen),
+        ]
+    return found
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def network_table() -> str:
+    rows = [
+        [name, f"{numbers(name) / 1e6:.1f} M", gigabytes(4 * numbers(name)), gigabytes(2 * numbers(name))]
+        for name in NETWORKS
+    ]
+    return table(["network", "numbers", "fp32, GB", "bf16 or fp16, GB"], rows)
+
+
+def training_table() -> str:
+    rows = []
+    for training in trainings():
+        for precision, frozen_bytes in (("fp32", 4), ("bf16-mixed", 2)):
+            held = training.bytes_held(frozen_bytes)
+            base = held["weights"] + held["gradients"] + held["copy"]
+            trained = sum(map(prod, trained_shapes(training.unet, training.rank)))
+            rows.append(
+                [training.unet.removesuffix(" UNet"), training.method, precision, f"{trained / 1e6:.1f} M"]
+                + [gigabytes(held[part]) for part in ("weights", "gradients", "copy")]
+                + [f"{gigabytes(held[name])} / {gigabytes(base + held[name])}" for name in OPTIMIZERS]
+                + ["not measured", "not measured"]
+            )
+    head = ["model", "method", "precision", "trained", "weights", "gradients", "copy"]
+    sums = [f"{name}: moments / sum" for name in OPTIMIZERS]
+    return table([*head, *sums, "activations", "measured by, when"], rows)
+
+
+def main() -> None:
+    print(network_table(), training_table(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
