@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
@@ -100,6 +100,8 @@ class SampleGrid(PolicyEvaluation):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+                elif isinstance(logger, WandbLogger):
+                    logger.log_image("samples", [grid], step)
             log.info("samples in %s", path)
         return path
 

@@ -141,8 +141,8 @@ class PreferencePairsDataModule(CursorDataModule):
         if total < needed:
             raise DataError(
                 f"{self.shards} holds {total} usable pairs, one optimizer step needs {needed} (batch_size "
-                f"{self.batch_size} x {self.world_size} ranks x {self.accumulated} accumulated); use fewer ranks, a "
-                "smaller batch_size, less accumulation or more data"
+                f"{self.batch_size} x {self.world_size} ranks x {self.accumulated} accumulated); set "
+                f"data.batch_size and data.pairs_per_step to at most {total}, or give more data"
             )
         if self.trainer and self.samples_seen() == 0:
             # A run that begins anew counts anew, before any rank reads.

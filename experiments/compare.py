@@ -33,15 +33,7 @@ def main(argv: Sequence[str] | None = None) -> Comparison:
     Raises:
         UserError: a run that is missing, not judged, or judged differently; a folder that cannot be written.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="run folder, with the method's name before it")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="prompts to compare on (%(default)s)")
-    parser.add_argument("--output", type=resolved_path, default="comparison", help="folder to write (comparison)")
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
     runs = [Run.read(*labelled(word), options.split) for word in options.runs]
     comparison = Comparison.of(runs, options.split)
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
@@ -53,6 +45,18 @@ def main(argv: Sequence[str] | None = None) -> Comparison:
             file.write(content)
     console.print(literal(f"page: {options.output / 'index.html'}"), soft_wrap=True)
     return comparison
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="run folder, with the method's name before it")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="prompts to compare on (%(default)s)")
+    parser.add_argument("--output", type=resolved_path, default="comparison", help="folder to write (comparison)")
+    return parser
 
 
 def labelled(word: str) -> tuple[str, Path]:

@@ -655,7 +655,7 @@ def test_fewer_pairs_than_one_global_batch(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data", [3])
     message = refusal(lambda: PreferencePairsDataModule(str(folder), 4).train_dataloader())
     assert message.startswith(f"{folder} holds 3 usable pairs, one optimizer step needs 4 (batch_size 4 x 1 ranks x 1 ")
-    assert "use fewer ranks, a smaller batch_size, less accumulation or more data" in message
+    assert "set data.batch_size and data.pairs_per_step to at most 3, or give more data" in message
 
 
 def test_shards_without_pairs(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ class ExperimentCLI(LightningCLI):
         if saved is None:
             return []
         try:
-            before = _parsed(parser, _as_config(saved.tree))
+            before = _parsed(parser, _as_config({**saved.tree, "run_dir": str(self.start.run_dir)}))
         except ConfigError as error:
             raise ConfigError(f"{saved.file}: {error}") from error
         old, new = (flat(yaml.safe_load(parser.dump(config, skip_none=False))) for config in (before, self.config))

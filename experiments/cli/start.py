@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.cli.compose import CommandLine, packaged_configs, settings
 from experiments.cli.help_page import with_named_classes
+from experiments.cli.loggers import in_run_folder
 from experiments.cli.saved_settings import SavedSettings, saved_files
 from experiments.cli.tree import MISSING, find, plain, put, references, remove, switch_class, within
 from experiments.cli.words import with_callbacks, with_structures
@@ -62,6 +63,8 @@ class Start:
         words = with_structures(tree, with_callbacks(tree, line.overrides))
         for key, value in settings(words):
             switch_class(tree, key, value)
+        in_run_folder(tree)
+        tree["run_dir"] = str(run_dir)
         return Start(line, run_dir, saved, tree, with_named_classes(tree, words))
 
     @property
