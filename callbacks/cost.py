@@ -46,7 +46,7 @@ class Cost(Callback):
 
     - ``step``: optimizer steps;
     - ``pairs``: pairs trained on;
-    - ``data_pictures``: pictures of the data set that they took: two a pair, one where the objective reads the
+    - ``data_pictures``: pictures of the data set that they took: two per pair, one where the objective reads the
       chosen one alone, none for pairs that the run has drawn itself;
     - ``drawn_pictures``: pictures decoded for the training, such as a step sampler's candidates;
     - ``training_denoiser_rows``, ``sampling_denoiser_rows``: samples through the denoiser, the policy's and the

@@ -52,7 +52,7 @@ class SampleGrid(PolicyEvaluation):
         number: how many of the prompts to draw; the first ones.
         batch_size: pictures at a time on one device.
         image_size: side in pixels; None takes the policy's own.
-        seed: of the noise, which is keyed by prompt. Not the run's: then runs of different seeds can be compared.
+        seed: seed of the noise, which is keyed by prompt. Not the run's: then runs of different seeds can be compared.
     """
 
     evaluates_start = True

@@ -32,11 +32,11 @@ class SavePictures(Callback):
     Args:
         prompts: texts, or a prompt file.
         sampler: how the pictures are made.
-        images_per_prompt: pictures a prompt.
-        output: where to; None takes ``pictures/step=*`` in the run folder.
+        images_per_prompt: pictures per prompt.
+        output: folder for the pictures; None takes ``pictures/step=*`` in the run folder.
         batch_size: pictures at a time on one device.
         image_size: side in pixels; None takes the policy's own.
-        seed: of the noise, which is keyed by prompt and picture.
+        seed: seed of the noise, which is keyed by prompt and picture.
     """
 
     def __init__(

@@ -37,17 +37,17 @@ class PreferencePairsDataModule(CursorDataModule):
 
     Args:
         shards: a prepared folder, a tar file, a brace list, a URL of these, or a list of such.
-        batch_size: pairs a rank a batch.
+        batch_size: pairs per rank and batch.
         pairs_per_step: Pairs per optimizer step over all ranks; as many batches are accumulated as that takes. None
             leaves it to trainer.accumulate_grad_batches.
         num_workers: processes that read and decode, a rank.
-        seed: of the order, the flips and the crops.
+        seed: seed of the order, the flips and the crops.
         resolution: side of the pictures in pixels; for latents, what they must have been encoded at.
         random_crop: crop anywhere along the long side; else in the middle. Pixels only: latents are cropped and
             flipped, or not, when they are encoded.
         horizontal_flip: mirror half of the pairs. Pixels only.
         shuffle_shards: how many shards are shuffled together; more mixes better and opens more files.
-        cache_dir: where remote shards are kept; needed for URLs, with room for all of them.
+        cache_dir: folder where remote shards are kept; needed for URLs, with room for all of them.
         val_shards: pairs to validate on, as ``shards``: in stored order, centre crop, no flip.
         ties: whether shards may hold ties; True for a module that reads the pairs' ``labels``, as the preference
             model's does. Pixels only.

@@ -66,22 +66,22 @@ class StepPoolDataModule(CursorDataModule):
         decoder: makes the pictures that are judged, in place of the policy's VAE.
         decoder_checks: how many prompts, the first of every pool, are judged behind the VAE too, to see how far the
             decoder leads to the same choices. It changes no pair, and costs these prompts' decodes by the VAE.
-        batch_size: pairs a rank a batch.
+        batch_size: pairs per rank and batch.
         pairs_per_step: Pairs per optimizer step over all ranks; as many batches are accumulated as that takes. None
             leaves it to trainer.accumulate_grad_batches.
         prompts_per_pool: how many prompts each pool takes; they are drawn without replacement until all were used.
             None takes all of them every time.
         prompts_per_batch: prompts that are sampled at once, which is a chunk: k times as many samples go through
             the UNet together.
-        seed: of prompts, candidates and order.
+        seed: seed of prompts, candidates and order.
         num_workers: processes that read shards, a rank.
         pools_dir: a folder for this run's pools alone, shared by all machines; None is ``pools`` in the run folder.
         keep_pools: False deletes a pool once the next one is whole and the last checkpoint doesn't stand in it.
-        latents_dtype: of the stored latents. "float16" halves the disk space and moves the last step's log-ratio by
-            0.6% (measured at sigma 0.0206).
+        latents_dtype: number type of the stored latents. "float16" halves the disk space and moves the last step's
+            log-ratio by 0.6% (measured at sigma 0.0206).
         min_pairs: a pool with fewer is an error, as is one that doesn't fill an optimizer step.
         fill: [i, n]: sample every n-th chunk of the next pool from the i-th on, and train on nothing.
-        reuse: folders of kept pools to train on in turn, one an epoch, in place of sampling.
+        reuse: folders of kept pools to train on in turn, one per epoch, in place of sampling.
 
     Raises:
         ConfigError: settings that contradict each other, the trainer's or the objective's.

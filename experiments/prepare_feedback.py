@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=str, required=True, help="prompt file of any kind that run reads")
     parser.add_argument("--output", type=str, required=True, help="folder for the parquet files")
     parser.add_argument("--pairs", type=int, default=1024)
-    parser.add_argument("--candidates", type=int, default=2, help="pictures a pair is chosen from")
+    parser.add_argument("--candidates", type=int, default=2, help="pictures that a pair is chosen from")
     parser.add_argument("--tie", type=float, default=0.0, help="scores closer than this make a tie")
     parser.add_argument("--batch_size", type=int, default=16, help="pairs drawn at a time")
     parser.add_argument("--seed", type=int, default=0)

@@ -306,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--split", default="train", help="which files of a folder or hub id: train, validation_unique, ... (train)")
     add("--shard-size", type=_positive, default=1000, metavar="N", help="most pairs in a shard (1000)")
-    add("--workers", type=_positive, default=1, metavar="N", help="processes; with --encode-with one a GPU (1)")
+    add("--workers", type=_positive, default=1, metavar="N", help="processes; with --encode-with one per GPU (1)")
     add("--limit", type=_positive, metavar="N", help="read only the first N rows")
     add("--keep-ties", action="store_true", help="keep ties, label 0.5; only preference-model training can use them")
     add("--encode-with", metavar="CONFIG", help="store this experiment's latents and embeddings, not pictures")

@@ -38,7 +38,7 @@ class AlignmentModule(TrainingModule):
         objective: what it is trained for.
         reference: what it is compared with; required where the objective needs one. Callbacks also use it to show
             and judge progress.
-        optimizer: made over the policy's trainable parameters.
+        optimizer: an optimizer of the policy's trainable parameters.
         lr_scheduler: stepped once an optimiser step.
         caption_dropout: probability of training a pair on the empty prompt, which keeps guidance working.
         seed: the run's seed; the YAMLs set it to ``${seed_everything}``.

@@ -79,11 +79,11 @@ class StepAwarePreferenceModule(TrainingModule):
         policy: draws the x0-predictions; frozen here whatever its adaptation says.
         preference: the model under training.
         labels: who says which picture is preferred.
-        optimizer: made over all of the preference model's parameters.
+        optimizer: an optimizer of all of the preference model's parameters.
         lr_scheduler: stepped once per optimizer step.
-        guidance_scale: of the policy's pass.
+        guidance_scale: classifier-free guidance of the policy's pass.
         in_batch_negatives: see ``preference_loss``.
-        validation_timesteps: where accuracy is measured; the same noise for all of them.
+        validation_timesteps: timesteps at which accuracy is measured; the same noise for all of them.
         vae_batch_size: pictures that go through the VAE at a time, to bound its memory.
         seed: the run's seed; the YAMLs set it to ``${seed_everything}``.
         sees: what of the noised pictures the preference model judges.

@@ -28,9 +28,9 @@ class TrainingModule(LightningModule):
     optimiser step (``train``) or once a validation (``val``), as means over batches and ranks.
 
     Args:
-        optimizer: made over the parameters that require gradients.
+        optimizer: an optimizer of the parameters that require gradients.
         lr_scheduler: stepped once an optimiser step.
-        seed: of all draws.
+        seed: seed of all draws.
         ema: keeps an average of the trained weights, if set.
 
     Raises:
@@ -87,7 +87,7 @@ class TrainingModule(LightningModule):
             self._logged |= set(means)
 
     def _generators(self, batch: Any, *purpose: str) -> list[torch.Generator]:
-        """One generator a sample of the batch, for draws of one purpose."""
+        """One generator per sample of the batch, for draws of one purpose."""
         return [generator(self.seed, *purpose, index) for index in batch.indices.tolist()]
 
     def _trained(self) -> dict[str, Tensor]:

@@ -94,10 +94,10 @@ class ShapesDataModule(L.LightningDataModule):
     held-out validation prompts, 4 pairs each, in order.
 
     Args:
-        batch_size: pairs a batch and rank.
+        batch_size: pairs per batch and rank.
         batches_per_epoch: batches a rank and epoch.
         size: pairs in the fixed data set; 1,000 take about a second to draw.
-        seed: of the data and of its order.
+        seed: seed of the data and of its order.
         ranked: whether the picture with the higher exact reward is ``chosen``; False leaves the pairs as drawn,
             for pretraining on the data as it is.
     """

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from lightning_modules.errors import DataError
 from lightning_modules.files import atomic_file
 
-# A manifest has 150 bytes a shard, a pool chunk's record 50 bytes a comparison.
+# A manifest has 150 bytes per shard, a pool chunk's record 50 bytes per comparison.
 MAX_JSON_BYTES = 256 * 1024 * 1024
 
 

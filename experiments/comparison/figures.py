@@ -39,7 +39,7 @@ Position = Callable[[Run, float], float]  # where a run's step stands on the axi
 
 
 def curves(comparison: Comparison, reward: str) -> bytes:
-    """PNG: validation reward and win rate against steps and against every cost; one thin line a seed, their mean bold.
+    """PNG: validation reward and win rate against steps and against every cost; a thin line per seed, their mean bold.
 
     A run starts at the base's scores: before the first step policy and reference are one.
     """

@@ -44,7 +44,7 @@ VISION = {
     "num_attention_heads": 4,
 }
 PROJECTION = 64
-BATCH = 64  # pairs a step
+BATCH = 64  # pairs per step
 RATE = 1e-3  # the learning rate's peak: a tenth of the steps up, then down to 0
 
 

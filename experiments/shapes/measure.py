@@ -36,7 +36,7 @@ def clean_drawings() -> tuple[Float[Tensor, "n 3 h w"], list[str]]:
 
 
 def imperfect_drawings(prompts: Sequence[str]) -> Float[Tensor, "n 3 h w"]:
-    """Pictures as the base model was trained on, one a prompt, in [0, 1]."""
+    """Pictures as the base model was trained on, one per prompt, in [0, 1]."""
     drawn = [draw_imperfect(Scene.parse(prompt), random_numbers("data", i)) for i, prompt in enumerate(prompts)]
     return as_unit(torch.stack(drawn))
 
@@ -47,7 +47,7 @@ def reconstructed(policy: StableDiffusion, images: Float[Tensor, "n 3 h w"]) -> 
 
 
 def generated(policy: StableDiffusion, prompts: Sequence[str], guidance_scale: float) -> Float[Tensor, "n 3 h w"]:
-    """One picture a prompt by 20 DDIM steps, the same noise at every guidance scale."""
+    """One picture per prompt by 20 DDIM steps, the same noise at every guidance scale."""
     sampler, images = Sampler(guidance_scale=guidance_scale), []
     for start in range(0, len(prompts), 64):
         texts = prompts[start : start + 64]

@@ -31,8 +31,8 @@ class SPO(Objective):
             log((1 + ratio_clip) / (1 - ratio_clip)): 10 is the official value for SD 1.5 and SDXL.
         ratio_clip: the official eps. A ratio beyond it passes no gradient, so that a pair of which both are clipped
             teaches nothing: watch ``clip_fraction``.
-        eta: of the DDIM step; the sampler that made the pairs must have used the same, and above 0.
-        guidance_scale: of policy and reference alike, with gradient through both branches; the sampler's.
+        eta: eta of the DDIM step; the sampler that made the pairs must have used the same, and above 0.
+        guidance_scale: guidance of policy and reference alike, with gradient through both branches; the sampler's.
 
     Logged: ``margin`` (log r_w - log r_l), ``accuracy`` (margin > 0, ties half), ``ratio_chosen`` and
     ``ratio_rejected`` (clipped), ``clip_fraction`` (of the 2 b ratios), ``score_gap`` (the scorer's, not the policy's),
@@ -62,7 +62,7 @@ class SPO(Objective):
     def query(
         self, batch: StepPairs, cond: Conditioning, schedule: Schedule, generators: Sequence[torch.Generator]
     ) -> DenoiserQuery:
-        """One row a pair where the pair shares x_t, else two, chosen rows first. Nothing is drawn."""
+        """One row per pair where the pair shares x_t, else two, chosen rows first. Nothing is drawn."""
         schedule.require_random_steps(batch.timesteps, batch.next_timesteps)
         if batch.rejected_latents is None:
             return DenoiserQuery(batch.latents, batch.timesteps, cond, self.guidance_scale)

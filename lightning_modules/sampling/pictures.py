@@ -46,14 +46,14 @@ class Sampler:
         noise: Float[Tensor, "n c h w"],
         generators: Sequence[torch.Generator],
     ) -> Float[Tensor, "n 3 H W"]:
-        """One picture a prompt, in [0, 1].
+        """One picture per prompt, in [0, 1].
 
         Args:
             policy: encodes the prompts and decodes the latents.
             predict_noise: ``policy.predict_noise`` or a reference's.
             prompts: length n.
             noise: the initial latents, standard normal.
-            generators: one a picture; read only where eta > 0.
+            generators: one per picture; read only where eta > 0.
         """
         cond = policy.encode_prompts(prompts)
         latents = noise.to(policy.device, torch.float32)
@@ -69,7 +69,7 @@ class Sampler:
 def initial_noise(
     policy: DiffusionPolicy, keys: Sequence[tuple[int | str, ...]], image_size: int | None = None
 ) -> tuple[Float[Tensor, "n c h w"], list[torch.Generator]]:
-    """Initial latents for one picture a key, and the generators that drew them, ready for the sampler's own draws."""
+    """Initial latents for one picture per key, and the generators that drew them, ready for the sampler's own draws."""
     side = (image_size or policy.image_size) // policy.downscale
     generators = [generator(*key) for key in keys]
     return randn((policy.latent_channels, side, side), generators, policy.device), generators

@@ -46,7 +46,7 @@ class Draws(ABC):
 
 
 class SeededDraws(Draws):
-    """One generator a prompt, keyed by (seed, epoch, index of the prompt in its file).
+    """One generator per prompt, keyed by (seed, epoch, index of the prompt in its file).
 
     So a prompt's candidates don't depend on the prompts beside it, on the rank, or on a restart.
     """
@@ -92,8 +92,8 @@ class StepSampler:
 
     Args:
         steps: DDIM steps.
-        guidance_scale: as the objective's.
-        eta: as the objective's; above 0, or there is nothing to choose from.
+        guidance_scale: classifier-free guidance, as the objective's.
+        eta: eta of the DDIM step, as the objective's; above 0, or there is nothing to choose from.
         candidates: k.
         branch_from_step: steps before it are plain; 4 of 20 starts at t = 751, where pictures begin to differ.
         threshold: a pair is valid if softmax([best score, worst score])[0] - [1] is above it; in [0, 1), or a

@@ -68,7 +68,7 @@ class StepScorer(nn.Module, ABC):
 
     @abstractmethod
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
-        """One score a row, fp32."""
+        """One score per row, fp32."""
 
 
 class StepAwareScorer(StepScorer):
@@ -125,7 +125,7 @@ class ShuffledScorer(StepScorer):
     Valid fraction, score gaps and timesteps are the real scorer's; what is lost is which candidate they belong to.
 
     Args:
-        scorer: whose scores are dealt.
+        scorer: a scorer whose scores are shuffled.
     """
 
     def __init__(self, scorer: StepScorer) -> None:

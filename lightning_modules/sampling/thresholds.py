@@ -28,8 +28,8 @@ class AlongSigma(Threshold):
     is the schedule's.
 
     Attributes:
-        low: at the step with the least sigma; LPO takes 0.35 for SD 1.5 and 2.1, 0.45 for SDXL.
-        high: at the step with the largest; 0.5 and 0.6.
+        low: threshold at the step with the least sigma; LPO takes 0.35 for SD 1.5 and 2.1, 0.45 for SDXL.
+        high: threshold at the step with the largest; 0.5 and 0.6.
     """
 
     low: float = 0.35

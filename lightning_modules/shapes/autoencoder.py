@@ -43,7 +43,7 @@ class AutoencoderModule(L.LightningModule):
         kl_weight: see above.
         freeze_encoder_after: optimiser steps after which the decoder alone goes on; None for never. The decoder is
             the bottleneck, and without the encoder's backward a step is cheaper.
-        seed: of the posterior's noise, which is keyed by sample.
+        seed: seed of the posterior's noise, which is keyed by sample.
 
     Raises:
         ConfigError: ``pipeline`` holds no autoencoder.

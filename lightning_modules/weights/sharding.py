@@ -144,7 +144,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     strategy or with another number of processes. Other jobs than fit shard nothing.
 
     Args:
-        process_group_backend: of torch.distributed; None takes nccl on GPUs, gloo on CPUs.
+        process_group_backend: backend of torch.distributed; None takes nccl on GPUs, gloo on CPUs.
         timeout: after which a collective call that others don't join fails.
 
     Raises:
