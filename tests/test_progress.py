@@ -154,13 +154,17 @@ def test_a_run_folder_tells_where_its_results_are(tmp_path, capsys):
     for name in ("export/step=0000010/unet", "export/step=0000020", "samples", "checkpoints"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "export/step=0000010/unet/config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    (tmp_path / "csv/version_1").mkdir(parents=True)
+    (tmp_path / "csv/version_1/metrics.csv").touch()
+    (tmp_path / "events.out.tfevents.1.host").touch()
     for name in ("samples/step=0000010.png", "samples/step=0000020.png", "checkpoints/last.ckpt", "win_rate.json"):
         (tmp_path / name).touch()
     print_closing(tmp_path, 20, 100)
     told = capsys.readouterr().out
     assert told.startswith(f"{tmp_path}: step 20 of 100\n")
     assert f'pipe.load_lora_weights("{tmp_path}/export/step=0000020")' in told
-    for name in ("samples/step=0000020.png", "win_rate.json", "checkpoints/last.ckpt"):
+    assert f"tensorboard --logdir {tmp_path}\n" in told
+    for name in ("samples/step=0000020.png", "win_rate.json", "checkpoints/last.ckpt", "csv/version_1/metrics.csv"):
         assert f"{tmp_path}/{name}" in told
     (tmp_path / "export/step=0000020").rmdir()
     print_closing(tmp_path, 20, -1)
@@ -173,4 +177,4 @@ def test_a_run_folder_tells_where_its_results_are(tmp_path, capsys):
 
 def test_an_empty_run_folder_promises_nothing(tmp_path, capsys):
     print_closing(tmp_path, 0, 5)
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}: step 0 of 5"]

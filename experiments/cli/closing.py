@@ -40,7 +40,10 @@ def _results(run_dir: Path) -> Iterator[tuple[str, str]]:
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     if checkpoint.is_file():
         yield "checkpoint", f"{checkpoint}; train on with --run_dir {run_dir} --resume last --trainer.max_steps=..."
-    yield "curves", f"tensorboard --logdir {run_dir}"
+    if any(run_dir.glob("events.out.tfevents*")):
+        yield "curves", f"tensorboard --logdir {run_dir}"
+    for file in sorted(run_dir.glob("csv/*/metrics.csv"))[-1:]:
+        yield "curves", str(file)
 
 
 def _load(export: Path) -> str:

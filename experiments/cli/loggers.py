@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.cli.tree import MISSING, class_of, find, is_class, put, short
@@ -14,8 +15,24 @@ PLACES: dict[str, dict[str, Any]] = {
 }
 
 
-def in_run_folder(tree: dict[str, Any]) -> None:
-    """Give the loggers that a tree of settings names the run folder, unless they have another place."""
+def in_run_folder(tree: dict[str, Any], words: Sequence[str]) -> tuple[str, ...]:
+    """Give the loggers that settings name the run folder, unless they have another place.
+
+    Args:
+        tree: settings; changed in place.
+        words: the command line's, as ``--key=value``.
+
+    Returns:
+        The words that are left: a logger that one of them names is in the tree now.
+    """
+    named = [word for word in words if word.startswith("--trainer.logger=") and short(word.partition("=")[2]) in PLACES]
+    if named:
+        put(tree, "trainer.logger", {"class_path": named[-1].partition("=")[2]})
+    _place(tree)
+    return tuple(word for word in words if word not in named)
+
+
+def _place(tree: dict[str, Any]) -> None:
     node = find(tree, "trainer.logger")
     if node is MISSING or node is None or isinstance(node, bool):
         return

@@ -63,7 +63,7 @@ class Start:
         words = with_structures(tree, with_callbacks(tree, line.overrides))
         for key, value in settings(words):
             switch_class(tree, key, value)
-        in_run_folder(tree)
+        words = in_run_folder(tree, words)
         tree["run_dir"] = str(run_dir)
         return Start(line, run_dir, saved, tree, with_named_classes(tree, words))
 
