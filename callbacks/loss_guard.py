@@ -36,8 +36,8 @@ class LossGuard(Callback):
     clipping. A warning names each skipped step, the reason and its samples' indices. The counts are in the checkpoint.
 
     Args:
-        max_in_a_row: the run ends with an error once this many steps in a row were left out.
-        max_gradient_norm: also leave out steps with a larger gradient norm. None: no limit, since no number fits all
+        max_in_a_row: The run ends with an error once this many steps in a row were left out.
+        max_gradient_norm: Also leave out steps with a larger gradient norm. None: no limit, since no number fits all
             objectives and sizes (see ``train/gradient_norm``), and ``trainer.gradient_clip_val`` bounds what a large
             but finite gradient can do.
 
@@ -113,7 +113,7 @@ class LossGuard(Callback):
         if self.in_a_row >= self.max_in_a_row:
             raise DivergenceError(
                 f"{self.in_a_row} optimizer steps in a row were left out, the last is step {step}: {reason}; "
-                f"the weights are those of step {step + 1 - self.in_a_row}, go on from the newest "
+                f"the weights are those of step {step + 1 - self.in_a_row}, resume from the newest "
                 "checkpoint with a lower learning rate, in bf16-mixed or fp32, or without these samples"
             )
 
@@ -127,7 +127,7 @@ class LossGuard(Callback):
 def _keep_average(module: pl.LightningModule) -> None:
     """It is not to take in the unchanged weights a second time."""
     if isinstance(module, TrainingModule) and module.ema is not None:
-        module.ema.miss_next()
+        module.ema.skip_next_update()
 
 
 def gradient_norm(trainer: pl.Trainer, optimizer: Optimizer) -> Float[Tensor, ""]:

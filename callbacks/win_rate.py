@@ -80,7 +80,7 @@ class WinRate(PolicyEvaluation):
             # Within the loop, so that checkpoints and early stopping can monitor the numbers.
             pl_module.log_dict(self.judge(trainer, pl_module, "val"), logger=False, batch_size=1, sync_dist=True)
             if fitting:
-                self.note(trainer)
+                self.mark_evaluated(trainer)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.test is None:

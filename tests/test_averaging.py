@@ -109,7 +109,7 @@ def test_a_run_goes_on_with_its_average_which_is_drawn_with_and_exported(pipelin
 
     for ema, expected in ((ExponentialMovingAverage(0.5), module.ema.weights), (None, weights(module))):
         judged = make(pipelines, reference=AdapterOff(), ema=ema)
-        trainer(tmp_path, seen := Watches()).test(
+        trainer(tmp_path, seen := Watches(), RunCheckpoint(), enable_checkpointing=True).test(
             judged,
             range(1),
             ckpt_path=tmp_path / "whole" / "checkpoints" / "last.ckpt",

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from tiny_regression import Regression, fit
+from tiny_regression import Regression, fit, loader
 
 from callbacks.resume.checkpoint_files import (
     AtomicCheckpointIO,
@@ -25,6 +26,7 @@ from callbacks.resume.checkpoint_files import (
 )
 from callbacks.resume.checkpointing import AfterStep, RunCheckpoint
 from callbacks.resume.exact_resume import ExactResume
+from datamodules.stream.cursor import CursorDataModule, Segment
 from experiments import run
 from lightning_modules.errors import ConfigError, DataError
 
@@ -223,6 +225,45 @@ def test_without_the_rewind_it_would_not(tmp_path):
     whole = fit(tmp_path / "a", SaveAfterBatch(5, path), steps=8, accumulate=3)
     resumed = fit(tmp_path / "b", steps=8, accumulate=3, ckpt_path=path)
     assert not torch.equal(whole.net.weight, resumed.net.weight)
+
+
+class Positioned(CursorDataModule):
+    """Data of which a checkpoint holds the position."""
+
+    segment = Segment()
+
+    def __init__(self):
+        super().__init__(1)
+
+    def train_dataloader(self):
+        return loader(self.trainer)
+
+    def state_dict(self):
+        return {"place": 1}
+
+    def restore(self, state):
+        assert state == {"place": 1}
+
+
+class OtherData(Positioned):
+    """Data of another kind."""
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    options = {"max_epochs": -1, "enable_checkpointing": True, "logger": False, "enable_progress_bar": False}
+    options |= {"accelerator": "cpu", "enable_model_summary": False, "default_root_dir": tmp_path}
+    options |= {"use_distributed_sampler": False, "plugins": [AtomicCheckpointIO()]}
+
+    def train(data, steps, checkpoint=None):
+        running = Trainer(**options, max_steps=steps, callbacks=[RunCheckpoint(), ExactResume()])
+        running.fit(Regression(), data, ckpt_path=checkpoint, weights_only=True)
+        return running.global_step
+
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert train(Positioned(), 2) == 2
+    assert train(Positioned(), 4, last) == 4
+    with pytest.raises(ConfigError, match="holds no position in OtherData's data: another data module wrote it"):
+        train(OtherData(), 6, last)
 
 
 # ------------------------------------------------------------------------------------ when, and how many

@@ -189,6 +189,38 @@ def test_other_mistakes_are_told(folders, tmp_path):
         main([str(folders / "spo")])
 
 
+HISTORIES = [
+    "",
+    "{}",
+    "null",
+    "[1]",
+    '[{"step": "a"}]',
+    '[{"step": 1}]',
+    '[{"step": 1, "split": "test"}]',
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", HISTORIES)
+def test_a_history_of_something_else_is_one_line(folders, content):
+    (folders / "spo" / "win_rate.json").write_text(content)
+    with pytest.raises(DataError, match=r"win_rate.json(:| is| has)"):
+        main([str(folders / "spo")])
+
+
+def bomb(depth):
+    lines = ["a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8, {b: 1}]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}, {{b: 1}}]" for n in range(1, depth)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("content", ["!!python/object/apply:os.system [ls]", "a: !x b", "[1, 2]", "a: [", bomb(20)])
+def test_settings_that_are_none_are_one_line(folders, content):
+    (folders / "spo" / "config.yaml").write_text(content)
+    with pytest.raises(DataError, match="config.yaml(:| holds)"):
+        main([str(folders / "spo")])
+
+
 def test_evaluations_of_unknown_protocol_are_refused(folders):
     path = folders / "spo" / "win_rate.json"
     path.write_text(json.dumps([entry | {"protocol": {}} for entry in json.loads(path.read_text())]))

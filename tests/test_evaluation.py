@@ -129,7 +129,8 @@ def test_an_evaluation_that_is_given_up_is_made_anew(whole, pipelines, tmp_path,
 
 
 def test_a_checkpoint_from_before_an_evaluation_leads_to_it_and_one_from_after_does_not(whole, pipelines, tmp_path):
-    """The signal comes in the batch, so that the run is left before either evaluation; then it dies in the second."""
+    """The signal comes in the batch, so that the run is left before either evaluation; then the second one fails, upon
+    which the run is saved: the first one is not made again."""
     grid, judge = Grid(), Judge()
     with pytest.raises(SystemExit):
         fit(pipelines, tmp_path, grid, judge, Sends(1, TERM))
@@ -137,14 +138,14 @@ def test_a_checkpoint_from_before_an_evaluation_leads_to_it_and_one_from_after_d
     grid, judge = Grid(), Judge(rewards=[Brightness(9, how=None)])
     with pytest.raises(InterruptedError):
         fit(pipelines, tmp_path, grid, judge, resume=True, every_n_steps=3)
-    names = ["last.ckpt", "step=0000002.ckpt", "step=0000003.ckpt"]
+    names = ["last.ckpt", "step=0000003.ckpt", "step=0000004.ckpt"]
     assert (grid.drawn, judge.judged, checkpoints(tmp_path)) == ([2, 4], [2], names)
     grid, judge = Grid(), Judge()
     weights = fit(pipelines, tmp_path, grid, judge, resume=True)
-    assert (grid.drawn, judge.judged) == ([4, 5], [4, 5])
+    assert (grid.drawn, judge.judged) == ([5], [4, 5])
     # Once more from the end: all is done.
     fit(pipelines, tmp_path, grid, judge, resume=True)
-    assert (grid.drawn, judge.judged) == ([4, 5], [4, 5])
+    assert (grid.drawn, judge.judged) == ([5], [4, 5])
     assert history(tmp_path) == whole[1]
     assert torch.equal(weights, whole[0])
 

@@ -28,7 +28,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """
         Raises:
-            DataError: the disk does not take it; what was there under this name before is whole.
+            DataError: the disk does not take it; what was there under this name before is intact.
         """
         try:
             with atomic_file(Path(path)) as file:

@@ -13,12 +13,12 @@ from callbacks.resume.checkpointing import AfterStep
 class PolicyEvaluation(AfterStep, ABC):
     """Evaluates at the end of every n-th step and at the end of the training.
 
-    The checkpoint says which step was evaluated last. A run that goes on from one that was written at a due step before
+    The checkpoint says which step was evaluated last. A run that resumes from one that was written at a due step before
     its evaluation was over makes that evaluation first.
 
     Attributes:
-        every_n_steps: optimizer steps between evaluations; None leaves only the one at the end.
-        evaluates_start: whether the policy is evaluated before its first step, too.
+        every_n_steps: Optimizer steps between evaluations; None leaves only the one at the end.
+        evaluates_start: Whether the policy is evaluated before its first step, too.
     """
 
     every_n_steps: int | None
@@ -31,8 +31,8 @@ class PolicyEvaluation(AfterStep, ABC):
     def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called on all ranks."""
 
-    def note(self, trainer: pl.Trainer) -> None:
-        """The step that the run stands at is evaluated."""
+    def mark_evaluated(self, trainer: pl.Trainer) -> None:
+        """Note that the step which the run has reached is evaluated."""
         self._evaluated_at, self.unsaved = trainer.global_step, True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -58,7 +58,7 @@ class PolicyEvaluation(AfterStep, ABC):
         # The counter stands still while gradients are accumulated.
         if trainer.global_step != self._evaluated_at and (trainer.global_step > 0 or self.evaluates_start):
             self.evaluate(trainer, pl_module)
-            self.note(trainer)
+            self.mark_evaluated(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"evaluated_at": self._evaluated_at}

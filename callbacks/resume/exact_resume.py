@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.resume.checkpointing import AfterStep
+from datamodules.stream.cursor import CursorDataModule
+from lightning_modules.errors import ConfigError
 from lightning_modules.lightning_internals import (
     SavedProgress,
     batches_trained,
@@ -87,6 +89,7 @@ class ExactResume(AfterStep):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
+            _check_position(trainer, checkpoint)
             self._saved = SavedProgress.of(checkpoint)
             self._validation_due = self._saved.validation_due
 
@@ -109,3 +112,16 @@ class ExactResume(AfterStep):
             progress.reopen_epoch()
         progress.round_down(trainer.accumulate_grad_batches)
         return progress
+
+
+def _check_position(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: the checkpoint is of a run on data of another kind, whose position means nothing to this one's.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, CursorDataModule) and type(data).__qualname__ not in checkpoint:
+        raise ConfigError(
+            f"the checkpoint holds no position in {type(data).__name__}'s data: another data module wrote it; resume "
+            "with the settings of the run that did, or start a new run from its exported weights"
+        )

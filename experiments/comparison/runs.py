@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from experiments.cli.saved_settings import saved_files
 from lightning_modules.errors import ConfigError, DataError
 
 Entry = Mapping[str, Any]  # one evaluation of win_rate.json, or one line of cost.json's history
+
+MAX_SETTINGS = 10_000  # aliases in a YAML file can stand for any number
 
 # What the tables call a cost -> the fields of cost.json that add up to it.
 COSTS = {
@@ -57,7 +60,7 @@ class Run:
         if not folder.is_dir():
             raise DataError(f"run folder {folder} does not exist; give the --run_dir of a finished run")
         path = folder / "win_rate.json"
-        evaluations = sorted(_read_json(path, default=[]), key=lambda entry: entry["step"])
+        evaluations = sorted(_read_entries(path, "policy"), key=lambda entry: entry["step"])
         judged = [entry for entry in evaluations if entry["split"] == split]
         if not judged:
             how = "run `python -m experiments.run test` on it" if split == "test" else "fit it with a WinRate callback"
@@ -66,11 +69,8 @@ class Run:
         for entry in (*curve, judged[-1]):
             if not entry.get("protocol"):
                 raise DataError(f"{path}: step {entry['step']} does not say how it was judged; evaluate the run again")
-        costs = _read_json(folder / "cost.json", default=[])
-        configs = saved_files(folder)
-        tree = yaml.safe_load(configs[-1].read_text(encoding="utf-8")) if configs else {}
-        tree.pop("start", None)  # says how the settings came together
-        return Run(label, folder, judged[-1], curve, tuple(costs), dict(_flattened(tree)))
+        costs = _read_entries(folder / "cost.json")
+        return Run(label, folder, judged[-1], curve, tuple(costs), _read_settings(folder))
 
     def cost(self, name: str, step: float) -> float | None:
         """A cost of ``COSTS`` up to a step, interpolated between those that were written; None if none were."""
@@ -231,13 +231,46 @@ def _require_same_base(runs: Sequence[Run]) -> None:
                 )
 
 
-def _read_json(path: Path, default: Any) -> Any:
+def _read_entries(path: Path, *parts: str) -> list[dict[str, Any]]:
+    """A history that a run keeps: one entry per step, of numbers by name, with the named parts; none without a file.
+
+    Raises:
+        DataError: it is something else.
+    """
     if not path.is_file():
-        return default
+        return []
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        entries = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); run the job that wrote it again") from error
+    for entry in entries if isinstance(entries, list) else [None]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int | float):
+            raise DataError(f"{path} is no history of a run: want a list of entries with a step each")
+        if any(not isinstance(entry.get(part), dict) for part in parts) or (parts and "split" not in entry):
+            raise DataError(f"{path}: step {entry['step']} lacks its results; run the job that wrote it again")
+    return list(entries)
+
+
+def _read_settings(folder: Path) -> dict[str, str]:
+    """The settings of a run's last start, empty where it has kept none.
+
+    Raises:
+        DataError: its file is no plain YAML, or without bounds.
+    """
+    configs = saved_files(folder)
+    if not configs:
+        return {}
+    try:
+        tree = yaml.safe_load(configs[-1].read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DataError(f"{configs[-1]}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise DataError(f"{configs[-1]} holds no settings: want a mapping at its top")
+    tree.pop("start", None)  # says how the settings came together
+    found = dict(islice(_flattened(tree), MAX_SETTINGS + 1))
+    if len(found) > MAX_SETTINGS:
+        raise DataError(f"{configs[-1]} holds more than {MAX_SETTINGS} settings; a run has some hundred")
+    return found
 
 
 def _flattened(node: Any, name: str = "") -> Iterator[tuple[str, str]]:

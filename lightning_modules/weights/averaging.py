@@ -32,13 +32,13 @@ class ExponentialMovingAverage:
         self.steps = 0
         self.weights: dict[str, Tensor] = {}
         self._in_place = False
-        self._misses_next = False
+        self._skips_next = False
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Take in the weights after an optimizer step, unless that step was left out."""
-        if self._misses_next:
-            self._misses_next = False
+        if self._skips_next:
+            self._skips_next = False
             return
         self.steps += 1
         if self.steps == 1:
@@ -49,9 +49,9 @@ class ExponentialMovingAverage:
         self.weights = {name: self.weights[name].to(value.device) for name, value in weights.items()}
         torch._foreach_lerp_(list(self.weights.values()), [value.detach() for value in weights.values()], 1 - kept)
 
-    def miss_next(self) -> None:
-        """The step at hand leaves the weights as they are; they are not to be taken in a second time."""
-        self._misses_next = True
+    def skip_next_update(self) -> None:
+        """Pass over the next ``update``: its step leaves the weights as they are and is none for the average."""
+        self._skips_next = True
 
     @contextmanager
     def in_place_of(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

@@ -2,8 +2,8 @@
 
 With DDP every process holds all of them, and they are the most of what a training holds. Here it holds its part of
 each weight of the denoiser, and of the reference's frozen copy. The weights of a block are gathered when it computes
-and freed afterwards; gradients are added up straight into the parts. VAE, text encoders and rewards stay whole: they
-are small, frozen, and asked by one process at a time.
+and freed afterwards; gradients are added up straight into the parts. VAE, text encoders and rewards stay unsharded:
+they are small, frozen, and asked by one process at a time.
 
 Processes draw pictures and sample pools each for itself. They do so within ``gathered_weights``, which gathers the
 networks once and lets them go at its end, and export within ``unsharded``; both take the room of the networks' full
@@ -140,15 +140,15 @@ def whole_tensor(value: Tensor) -> Tensor:
 class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's ``ModelParallelStrategy`` for data-parallel training with ``shard``; ``fsdp2`` for short.
 
-    A checkpoint is one file of whole trained weights and moments, as without sharding: a run may go on under another
-    strategy or with another number of processes. Other jobs than fit shard nothing.
+    A checkpoint is one file of full trained weights and moments, as without sharding: a run may be resumed under
+    another strategy or with another number of processes. Other jobs than fit shard nothing.
 
     Args:
         process_group_backend: backend of torch.distributed; None takes nccl on GPUs, gloo on CPUs.
         timeout: after which a collective call that others don't join fails.
 
     Raises:
-        ConfigError: the training needs whole weights, or trains others than those of large networks.
+        ConfigError: the training needs full weights, or trains others than those of large networks.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         shard_over_all_processes(self)
         super().setup_environment()
 
-    # One whole checkpoint, restored before anything is sharded: as strategies do that shard nothing.
+    # One full checkpoint, restored before anything is sharded: as strategies do that shard nothing.
 
     save_checkpoint = ParallelStrategy.save_checkpoint
     load_checkpoint = ParallelStrategy.load_checkpoint
@@ -211,7 +211,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             ) from error
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights under training, whole, on the first process; all must call it."""
+        """The weights under training, gathered, on the first process; all must call it."""
         assert self.lightning_module is not None
         trained = {name: value for name, value in self.lightning_module.named_parameters() if value.requires_grad}
         return self._collected(trained)
