@@ -164,7 +164,7 @@ class Cost(Callback):
             self._totals[name] = max(self._totals[name], value)
         self._mine.clear()
 
-    def _entries(self) -> list[dict[str, float]]:
+    def _entries(self) -> list[dict[str, int | float]]:
         """The history up to the last step."""
         return [*(e for e in self._history if e["step"] < self._step), {"step": self._step, **self._totals}]
 

@@ -13,18 +13,7 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(
-    [
-        "lightning_modules.batches",
-        "lightning_modules.schedules",
-        "lightning_modules.objectives",
-        "lightning_modules.rewards",
-        "lightning_modules.randomness",
-        "lightning_modules.sampling",
-        "lightning_modules.references",
-    ],
-    "beartype.beartype",
-)
+install_import_hook(["lightning_modules", "datamodules", "callbacks", "experiments"], "beartype.beartype")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

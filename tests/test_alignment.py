@@ -1,10 +1,12 @@
 """Training steps of the real module on a tiny Stable Diffusion: what changes, what must not, and what is saved."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
 from tiny_world import trained_parameters
 from torch.utils.data import DataLoader
@@ -20,6 +22,7 @@ from lightning_modules.objectives import DPO, SFT
 from lightning_modules.policies.adaptation import FullFineTuning
 from lightning_modules.policies.lora import LoRA
 from lightning_modules.policies.stable_diffusion import StableDiffusion
+from lightning_modules.randomness import derive_seed, generator, randn
 from lightning_modules.references import AdapterOff, FrozenCopy
 
 
@@ -179,6 +182,66 @@ def test_another_seed_draws_other_noise(pipelines):
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_latents_are_draws_of_each_pictures_own(pipelines):
+    """By the VAE alone: mean and standard deviation, and the numbers of the picture's own key."""
+    module, pairs = make(pipelines, seed=5), batch(3, 5)
+    encoded = module._encode_images(replace(pairs, rejected=pairs.chosen), "train")
+    for side, latents in (("chosen", encoded.chosen), ("rejected", encoded.rejected)):
+        noise = randn((4, 8, 8), [generator(5, "train", "posterior", side, index) for index in (3, 4)])
+        with torch.no_grad():
+            posterior = module.policy.vae.encode(pairs.chosen).latent_dist
+        expected = (posterior.mean + posterior.std * noise) * module.policy.vae.config.scaling_factor
+        torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_and_timesteps_are_those_of_the_purpose_and_the_pair(pipelines):
+    module, pairs = make(pipelines, DPO(), seed=5), batch(3, 5)
+    module.setup("fit")
+    asked = []
+    query = type(module.objective).query
+
+    def note(objective, batch, cond, schedule, generators):
+        asked.append([g.initial_seed() for g in generators])
+        return query(objective, batch, cond, schedule, generators)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DPO, "query", note)
+        for purpose in ("train", "val"):
+            module.compute_loss(pairs, purpose)
+    assert asked == [[derive_seed(5, purpose, "noise", index) for index in (3, 4)] for purpose in ("train", "val")]
+
+
+def test_validation_is_never_of_the_empty_prompt_and_has_draws_of_its_own(pipelines):
+    losses = {}
+    for dropout in (0.0, 1.0):
+        module = make(pipelines, SFT(), caption_dropout=dropout)
+        module.validation_step(batch(0, 3), 0)
+        losses[dropout] = module._means["val"].compute(lambda sums: sums)["loss"].item()
+        assert losses[dropout] == module.compute_loss(batch(0, 3), "val").loss.item()
+    assert losses[0.0] == losses[1.0] != module.compute_loss(batch(0, 3), "train").loss.item()
+    assert losses[0.0] != make(pipelines, SFT()).compute_loss(batch(0, 3), "train").loss.item()
+
+
+def test_network_dropout_of_a_batch_is_keyed_by_seed_and_first_pair(pipelines):
+    module = make(pipelines, SFT(), seed=5)
+    for first in (0, 3):
+        module.on_train_batch_start(batch(first, first + 2), 0)
+        assert torch.initial_seed() == derive_seed(5, "dropout", first)
+
+
+def test_the_learning_rate_is_scheduled_per_optimizer_step(tmp_path, pipelines):
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    warm_up = partial(ConstantWithWarmup, warmup_steps=2)
+    module = make(pipelines, SFT(), lr_scheduler=warm_up)
+    fit(tmp_path, module, loader(1), accumulate_grad_batches=2, callbacks=[Rates()])
+    assert rates == [0.0, 0.0, 5e-4, 5e-4, 1e-3, 1e-3, 1e-3, 1e-3]
+
+
 def test_caption_dropout_of_one_trains_on_the_empty_prompt(pipelines):
     module = make(pipelines, SFT(), caption_dropout=1.0)
     pairs = module._encode_images(batch(0, 2), "train")
@@ -270,6 +333,7 @@ def test_learning_rates_by_hand():
     assert rates(CosineWithWarmup(optimizer, total_steps=4), 5) == pytest.approx(
         [2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0.0]
     )
+    # Two steps up, then four down: a half of the cosine over the steps that are left, and 0 from the last one on.
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"]
     assert rates(CosineWithWarmup(optimizer, total_steps=6, warmup_steps=2), 8) == pytest.approx(
         [0.0, 1.0, 2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0.0, 0.0]

@@ -6,7 +6,9 @@ import inspect
 import pkgutil
 import re
 import signal
+import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -291,9 +293,10 @@ def test_handlers_and_children(tmp_path):
 
 def test_children_are_taken_from_the_launcher_of_scripts():
     launcher = internals._SubprocessScriptLauncher(None, 2, 1)
-    launcher.procs.extend(["one", "two"])
-    trainer = type("Trainer", (), {"strategy": type("Strategy", (), {"launcher": launcher})})
-    assert internals.take_children(trainer) == ["one", "two"]
+    children = [Mock(spec=subprocess.Popen), Mock(spec=subprocess.Popen)]
+    launcher.procs.extend(children)
+    trainer = Mock(spec=Trainer, strategy=Mock(launcher=launcher))
+    assert internals.take_children(trainer) == children
     assert launcher.procs == []
     assert "_launch_process_observer(self.procs)" in inspect.getsource(type(launcher).launch)  # it watches this list
 

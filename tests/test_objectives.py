@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lightning_modules.batches import Conditioning, LatentPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.objectives import DPO, IPO, SFT, Hinge
-from lightning_modules.objectives.pairwise import NoisedPairs
+from lightning_modules.objectives.pairwise import NoisedPairs, by_quarter
 from lightning_modules.randomness import generator
 from lightning_modules.schedules.discrete import NoiseSchedule
 
@@ -189,6 +189,16 @@ def test_metrics_by_quarter_speak_of_their_own_pairs_only():
     assert output.metrics["margin/t500-749"].item() == -3
     assert output.metrics["margin/t250-499"].isnan()
     assert output.metrics["margin/t750-999"].isnan()
+
+
+@pytest.mark.parametrize(
+    ("t", "quarter"),
+    [(0, "t0-249"), (249, "t0-249"), (250, "t250-499"), (499, "t250-499"), (500, "t500-749"), (749, "t500-749"),
+     (750, "t750-999"), (999, "t750-999")],
+)  # fmt: skip
+def test_a_quarter_begins_where_the_one_before_ends(t, quarter):
+    values = by_quarter({"margin": torch.tensor([2.0])}, torch.tensor([t]), SCHEDULE)
+    assert [name for name, value in values.items() if not value.isnan()] == [f"margin/{quarter}"]
 
 
 @pytest.mark.parametrize("kind", [DPO, IPO, Hinge])

@@ -147,9 +147,22 @@ class TestPredictNoise:
         torch.testing.assert_close(policy.predict_noise(make_query(policy)), guided, rtol=1e-4, atol=1e-5)
 
     def test_gradient_flows_through_both_branches(self):
+        """Of eps_n + w (eps_c - eps_n) the gradient is (1 - w) that of eps_n plus w that of eps_c."""
         policy = perturb(make_policy())
-        policy.predict_noise(make_query(policy, guidance_scale=0.0)).square().mean().backward()
-        assert all(parameter.grad is not None for parameter in trained_parameters(policy))
+        query = make_query(policy)
+        empty = DenoiserQuery(query.latents, query.timesteps, policy.encode_prompts([""] * len(query.latents)))
+        guided = DenoiserQuery(query.latents, query.timesteps, query.cond, 3.0)
+
+        def gradient(asked):
+            for parameter in trained_parameters(policy):
+                parameter.grad = None
+            policy.predict_noise(asked).mean().backward()
+            return [parameter.grad.clone() for parameter in trained_parameters(policy)]
+
+        negative, conditional, found = gradient(empty), gradient(query), gradient(guided)
+        for of_n, of_c, of_both in zip(negative, conditional, found):
+            torch.testing.assert_close(of_both, -2 * of_n + 3 * of_c, rtol=1e-3, atol=1e-6)
+        assert any(gradient.abs().max() > 1e-4 for gradient in negative)
 
     def test_missing_time_ids_mean_an_uncropped_picture_of_the_latents_size(self):
         policy = make_policy("sdxl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ from experiments import prepare_feedback, prepare_pickapic, run
 from experiments.cli.compose import find_config
 from experiments.shapes import build_pipeline as build_shapes_pipeline
 from experiments.shapes import build_preference as build_shapes_preference
-from lightning_modules.batches import PreferencePairs
+from lightning_modules.batches import DenoiserQuery, PreferencePairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies import Frozen, StableDiffusion, StableDiffusionXL
 from lightning_modules.preference import HumanLabels, RewardLabels, StepAwarePreferenceModule
 from lightning_modules.preference_loss import preference_loss
+from lightning_modules.randomness import generator, randn
 from lightning_modules.rewards import PickScore, StepAwarePreferenceModel
 from lightning_modules.rewards.clip import text_embeds
 from lightning_modules.shapes.reward import ShapesReward
@@ -94,7 +96,13 @@ def test_a_reward_labels_pairs_whatever_the_data_set_says(pipelines):
         expected = [0.5 if abs(math.tanh((a - b) / 2)) <= threshold else float(a > b) for a, b in zip(*scores)]
         assert RewardLabels(reward, threshold)(pairs).tolist() == expected
     assert RewardLabels(reward, 0.999999)(pairs).unique().tolist() == [0.5]
+    # A gap of tanh(s d / 2) above the threshold: the scale decides which pairs are ties.
+    gaps = [abs(a - b).item() for a, b in zip(*scores)]
+    scale = 2 * math.atanh(0.5) / sorted(gaps)[1] * 1.001  # the second smallest gap is just enough
+    clear = [label != 0.5 for label in RewardLabels(reward, 0.5, scale)(pairs).tolist()]
+    assert clear == [gap >= sorted(gaps)[1] for gap in gaps]
     assert HumanLabels()(pairs) is pairs.labels
+    assert HumanLabels()(replace(pairs, labels=None)).tolist() == [1.0] * 4
     with pytest.raises(ConfigError, match=r"threshold in \[0, 1\)"):
         RewardLabels(reward, 1.5)
 
@@ -129,9 +137,9 @@ def test_noised_denoised_and_decoded_pictures_equal_the_official_ones(golden, pi
     noise_pred = unguided + 5 * (guided - unguided)
     torch.testing.assert_close(noise_pred, both("noise_pred_cfg"), rtol=1e-4, atol=1e-4)
     clean, _ = module.policy.schedule.predict_clean(noise_pred, noisy[:10], known["timesteps"].repeat(2))
-    torch.testing.assert_close(clean, both("pred_x0"), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(images, (both("noised_img") / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-3)
-    torch.testing.assert_close(module.preference.preprocess(images), both("processed"), rtol=0, atol=4e-3)
+    torch.testing.assert_close(clean, both("pred_x0"), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(images, (both("noised_img") / 2 + 0.5).clamp(0, 1), rtol=0, atol=5e-5)
+    torch.testing.assert_close(module.preference.preprocess(images), both("processed"), rtol=0, atol=2e-4)
 
 
 def test_latents_are_the_official_ones_up_to_their_own_noise(golden, pipelines):
@@ -156,6 +164,83 @@ def test_what_a_pair_sees_does_not_depend_on_its_company(pipelines):
     alone = [module._latents(batch(n, n + 1), "train") for n in range(4)]
     torch.testing.assert_close(together[:4], torch.cat([latents[:1] for latents, _ in alone]), **TIGHT)
     torch.testing.assert_close(noise[:4], torch.cat([own[:1] for _, own in alone]))
+
+
+# A step, by hand
+
+
+def views_of(module, pairs, purpose, timesteps):
+    """What the preference model sees of each pair, chosen picture and rejected one, each computed by itself."""
+    policy, seen = module.policy, ([], [])
+    for i, index in enumerate(pairs.indices.tolist()):
+        noise = randn((4, 8, 8), [generator(7, purpose, "noise", index)])
+        cond = policy.encode_prompts([pairs.prompts[i]])
+        for side, pictures, found in zip(("chosen", "rejected"), (pairs.chosen, pairs.rejected), seen):
+            draw = generator(7, purpose, "posterior", side, index)
+            clean = policy.encode_images(pictures[i : i + 1], [draw])
+            noisy = policy.schedule.add_noise(clean, noise, timesteps[i : i + 1])
+            output = policy.predict_noise(DenoiserQuery(noisy, timesteps[i : i + 1], cond, 3.0))
+            prediction, _ = policy.schedule.predict_clean(output, noisy, timesteps[i : i + 1])
+            found.append(module.preference.encode_images(policy.decode(prediction), timesteps[i : i + 1]))
+    return [torch.cat(found) for found in seen]
+
+
+def criterion(module, pairs, purpose, timesteps, negatives):
+    chosen, rejected = views_of(module, pairs, purpose, timesteps)
+    text = module.preference.encode_text(pairs.prompts)
+    return preference_loss(
+        chosen, rejected, text, module.preference.logit_scale, pairs.labels, pairs.weights, negatives
+    ).item()
+
+
+@pytest.mark.parametrize("negatives", [False, True])
+def test_a_training_step_is_the_criterion_on_what_each_pair_sees(pipelines, negatives):
+    """Draws by their keys: t, both pictures' posteriors, their common noise; t of each picture; weights and labels."""
+    module = make(pipelines, guidance_scale=3.0, in_batch_negatives=negatives, seed=7)
+    pairs = batch(2, 6)
+    timesteps = torch.cat([torch.randint(1000, (1,), generator=generator(7, "timestep", n)) for n in range(2, 6)])
+    loss = module.training_step(pairs, 0)
+    assert loss.item() == pytest.approx(criterion(module, pairs, "train", timesteps, negatives), rel=1e-5)
+    logged = module._means["train"].compute(lambda sums: sums)
+    assert logged["loss"].item() == pytest.approx(loss.item())
+
+
+def test_a_validation_is_the_criterion_at_its_timesteps_with_draws_of_its_own(pipelines):
+    module = make(pipelines, guidance_scale=3.0, seed=7, validation_timesteps=(1, 900))
+    pairs = batch(2, 5)
+    module.validation_step(pairs, 0)
+    losses = [criterion(module, pairs, "val", torch.full((3,), t), False) for t in (1, 900)]
+    found = module._means["val"].compute(lambda sums: sums)
+    assert found["loss"].item() == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_timesteps_reach_from_the_first_to_the_last(pipelines):
+    """200 uniform draws: below 50 and above 950 there is one with probability 1 - 4e-5 each; their mean is within four
+    standard errors."""
+    module, drawn = make(pipelines), []
+    module.view = lambda latents, noise, timesteps, cond: drawn.append(timesteps) or latents
+    module._latents = lambda pairs, purpose: (torch.rand(2 * len(pairs), 3, 28, 28), None)
+    module.training_step(replace(batch(0, 1), **stream(200)), 0)
+    assert drawn[0].min() < 50
+    assert drawn[0].max() > 950
+    assert abs(drawn[0].float().mean() - 499.5) < 4 * 289 / 200**0.5
+
+
+def stream(pairs):
+    """Fields of as many pairs of one black picture."""
+    black = torch.zeros(pairs, 3, 8, 8)
+    ids = TIME_IDS.expand(pairs, 6)
+    return {"chosen": black, "rejected": black, "prompts": ("a",) * pairs, "chosen_time_ids": ids,
+            "rejected_time_ids": ids, "indices": torch.arange(pairs), "labels": torch.ones(pairs),
+            "weights": torch.ones(pairs)}  # fmt: skip
+
+
+def test_each_picture_keeps_its_own_time_ids(pipelines):
+    module, pairs = make(pipelines, policy="tiny-sdxl"), batch(0, 3)
+    chosen, rejected = torch.arange(36.0).reshape(2, 3, 6)
+    cond = module._conditioning(replace(pairs, chosen_time_ids=chosen, rejected_time_ids=rejected))
+    assert torch.equal(cond.time_ids, torch.cat([chosen, rejected]))
+    assert torch.equal(cond.embeds[:3], cond.embeds[3:])
 
 
 # Runs

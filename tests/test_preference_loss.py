@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from jaxtyping import TypeCheckError
 from torch.nn.functional import normalize
 
 from lightning_modules.preference_loss import agreement, labels_from_scores, of_all_ranks, preference_loss
@@ -34,6 +35,22 @@ def test_criterion_and_its_gradients_equal_the_official_ones(golden, negatives):
     for name, value in inputs.items():
         expected = known[f"{form}_grad_{name}"]
         assert (value.grad - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("weights", torch.ones(1)), ("text", torch.ones(6, 1)), ("rejected", torch.ones(6, 1)), ("labels", torch.ones(1)),
+     ("labels", torch.ones(6, 1)), ("logit_scale", torch.ones(1))],
+)  # fmt: skip
+@pytest.mark.parametrize("negatives", [False, True])
+def test_what_would_be_broadcast_is_refused(argument, value, negatives):
+    """Shapes are checked while tests run: a weight for all pairs, or a text of width 1, would give a wrong loss."""
+    vectors, ones = normalize(torch.ones(6, 4), dim=-1), torch.ones(6)
+    right = {"chosen": vectors, "rejected": vectors, "text": vectors, "logit_scale": torch.tensor(1.0),
+             "labels": ones, "weights": ones, "in_batch_negatives": negatives}  # fmt: skip
+    preference_loss(**right)
+    with pytest.raises(TypeCheckError, match=argument):
+        preference_loss(**(right | {argument: value}))
 
 
 def test_a_perfect_tie_costs_nothing_and_a_coin_toss_on_a_clear_pair_costs_ln_2():

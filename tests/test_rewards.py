@@ -70,6 +70,7 @@ def reward():
 
 
 def test_a_network_that_a_reward_is_given_is_frozen_and_stays_in_eval_mode(reward):
+    assert not any(module.training for module in reward.network.modules())
     whole = nn.Sequential(nn.Dropout(), reward).train()
     assert whole.training
     assert not any(module.training for module in reward.modules())

@@ -63,7 +63,7 @@ def spo(pairs, policy, reference, objective=None, schedule=SCHEDULE):
     return objective.loss(pairs, query, policy, reference, schedule)
 
 
-def at_log_ratios(chosen, rejected, sigma_t=501):
+def at_log_ratios(chosen, rejected, sigma_t=501, eta=1.0):
     """Pairs with one number as latent, and outputs, for which log r has the given values.
 
     The reference's mean is mu, the policy's mu + d: log r(x) = ((x - mu)^2 - (x - mu - d)^2) / 2s^2, which x solves.
@@ -72,8 +72,8 @@ def at_log_ratios(chosen, rejected, sigma_t=501):
     timesteps = torch.full((b,), sigma_t)
     latents, reference = torch.ones(b, 1, 1, 1), torch.zeros(b, 1, 1, 1)
     policy = torch.full((b, 1, 1, 1), 0.5)
-    mean, std = SCHEDULE.step_distribution(reference, latents, timesteps, timesteps - STEP, 1.0)
-    moved, _ = SCHEDULE.step_distribution(policy, latents, timesteps, timesteps - STEP, 1.0)
+    mean, std = SCHEDULE.step_distribution(reference, latents, timesteps, timesteps - STEP, eta)
+    moved, _ = SCHEDULE.step_distribution(policy, latents, timesteps, timesteps - STEP, eta)
     d = (moved - mean).flatten()
     solve = [mean.flatten() + (torch.tensor(value) * 2 * std**2 + d**2) / (2 * d) for value in (chosen, rejected)]
     ends = [x.reshape(-1, 1, 1, 1) for x in solve]
@@ -143,6 +143,29 @@ def test_margin_by_hand():
     assert output.metrics["ratio_chosen"].item() == pytest.approx(math.exp(0.05), abs=1e-5)
     assert output.metrics["accuracy"].item() == 1
     assert output.metrics["clip_fraction"].item() == 0
+
+
+@pytest.mark.parametrize("beta", [2.0, 30.0])
+def test_beta_multiplies_the_margin(beta):
+    output = spo(*at_log_ratios([0.05], [-0.02]), SPO(beta=beta))
+    assert output.metrics["margin"].item() == pytest.approx(0.07, abs=1e-5)
+    assert output.loss.item() == pytest.approx(math.log1p(math.exp(-beta * 0.07)), abs=3e-4)
+
+
+def test_eta_is_the_steps():
+    """The ratios of a step of eta 0.5 are those only for an objective of eta 0.5."""
+    step = at_log_ratios([0.05], [-0.02], eta=0.5)
+    assert spo(*step, SPO(eta=0.5)).metrics["margin"].item() == pytest.approx(0.07, abs=1e-5)
+    assert spo(*step, SPO(eta=1.0)).metrics["margin"].item() != pytest.approx(0.07, abs=0.02)
+
+
+def test_ratio_clip_is_where_the_ratio_is_clipped():
+    output = spo(*at_log_ratios([0.15], [-0.15]), SPO(ratio_clip=0.2))
+    assert output.metrics["clip_fraction"].item() == 0
+    output = spo(*at_log_ratios([0.15], [-0.15]), SPO(ratio_clip=0.05))
+    assert output.metrics["ratio_chosen"].item() == pytest.approx(1.05)
+    assert output.metrics["ratio_rejected"].item() == pytest.approx(0.95)
+    assert output.metrics["clip_fraction"].item() == 1
 
 
 def test_the_clip_holds_ratios_and_stops_their_gradients():

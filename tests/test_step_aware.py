@@ -91,6 +91,12 @@ def test_scores_of_one_picture_at_every_inference_timestep_equal_the_official_on
     assert scores.std() > 0.01  # it does look at the time
 
 
+def test_a_finished_picture_is_judged_at_t_0(model, known, prompts):
+    images, n = unit(known["images"]), len(prompts)
+    assert torch.equal(model.score(images, prompts), model.score(images, prompts, torch.zeros(n, dtype=torch.int64)))
+    assert not torch.equal(model.score(images, prompts), model.score(images, prompts, torch.ones(n, dtype=torch.int64)))
+
+
 def test_a_plain_clip_folder_becomes_a_model_that_scores_exactly_as_it_at_any_time(pipelines):
     folder = str(pipelines / "tiny-pickscore")
     plain, aware = PickScore(folder, None), StepAwarePreferenceModel(folder, None)
@@ -197,6 +203,15 @@ def test_each_text_is_encoded_once_while_the_model_is_frozen(model, known, promp
     assert torch.equal(model.score(*arguments), first)
     assert len(calls) == 2
     handle.remove()
+
+
+def test_texts_are_encoded_again_after_a_step_of_training_also_once_the_model_is_frozen(pipelines):
+    aware = StepAwarePreferenceModel(str(pipelines / "tiny-spm"), None)
+    images, prompts = torch.rand(2, 3, 28, 28), ["a cat", "two dogs"]
+    before = aware.requires_grad_(True).score(images, prompts)
+    with torch.no_grad():
+        aware.model.text_projection.weight.neg_()
+    torch.testing.assert_close(aware.requires_grad_(False).score(images, prompts), -before)
 
 
 def test_a_frozen_model_under_autocast_scores_in_fp32_without_gradient(model, known, prompts):

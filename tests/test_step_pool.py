@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +41,8 @@ from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.objectives.dpo import DPO
 from lightning_modules.objectives.spo import SPO
 from lightning_modules.references import AdapterOff
-from lightning_modules.sampling.step_sampler import StepSampler
+from lightning_modules.sampling.comparisons import Comparisons
+from lightning_modules.sampling.step_sampler import Rollout, StepSampler
 from lightning_modules.sampling.step_scorers import RandomScorer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning")
@@ -239,6 +239,11 @@ def test_a_fingerprint_covers_buffers_and_tuples(pipelines):
     assert len(found) == 3
 
 
+def none_compared():
+    whole, none = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    return Comparisons(whole, whole, torch.zeros(0, 2), none, *[none.bool()] * 4)
+
+
 def test_a_pool_stores_the_better_candidate_as_chosen_and_gives_it_back_so():
     """Written and read by hand on the other side: both could have swapped the same two."""
     values = {"latents": 0.0, "chosen": 1.0, "rejected": -1.0, "rejected_latents": 0.5}
@@ -246,7 +251,7 @@ def test_a_pool_stores_the_better_candidate_as_chosen_and_gives_it_back_so():
     times = torch.tensor([9, 5])
     pairs = StepPairs(**rows, timesteps=times, next_timesteps=times - 4, prompts=("a", "b"),
                       score_gap=torch.tensor([0.25, 0.5]), indices=torch.arange(2))  # fmt: skip
-    rollout = SimpleNamespace(pairs=pairs, prompt_rows=torch.tensor([1, 0]))
+    rollout = Rollout(pairs, torch.tensor([1, 0]), none_compared(), unet_evaluations=0, decodes=0)
     (first, one), (second, two) = step_samples(rollout, 10, [9, 5], torch.float32)
     assert (first, second) == (10 + 0 * 2 + 1, 10 + 1 * 2 + 0)  # by prompt, then step
     for members, caption, timestep, gap in ((one, "b", 5, 0.5), (two, "a", 9, 0.25)):
@@ -279,7 +284,7 @@ def test_a_new_field_of_step_pairs_is_joined_moved_and_stored_without_a_word_els
 
     (batch,) = PairLoader(FaultTolerantDataset([pair(1.0), pair(2.0)]), batch_size=2, collate_fn=identity)
     assert batch.to(torch.float64).weight.tolist() == [1.0, 2.0]
-    rollout = SimpleNamespace(pairs=batch, prompt_rows=torch.tensor([0, 1]))
+    rollout = Rollout(batch, torch.tensor([0, 1]), none_compared(), unet_evaluations=0, decodes=0)
     stored = [members for _, members in step_samples(rollout, 0, [5], torch.float32)]
     read = [step_pair(Sample("here", str(n), members), n, WeightedPairs) for n, members in enumerate(stored)]
     assert [pair.weight.item() for pair in read] == [pair.mask.mean().item() for pair in read] == [1.0, 2.0]

@@ -90,6 +90,13 @@ class Redness(RewardModel):
         return 100 * images[:, 0].mean((1, 2))
 
 
+class Same(RewardModel):
+    name = "same"
+
+    def score(self, images, prompts):
+        return torch.zeros(len(images))
+
+
 class LaterIsBetter(StepRewardModel):
     """Notes what it was asked."""
 
@@ -226,6 +233,14 @@ def test_only_pairs_above_the_threshold_are_kept(sd15):
     assert some.pairs.indices.tolist() == list(range(len(some.pairs)))
 
 
+def test_a_gap_that_equals_the_threshold_is_none(sd15):
+    """Candidates of one score: their gap is 0, and a threshold of 0 wants more."""
+    tied = rollout(sd15, RewardScorer(Same()), threshold=0.0)
+    assert tied.comparisons.gaps.tolist() == [0.0] * 6
+    assert not tied.comparisons.valid.any()
+    assert len(tied.pairs) == 0
+
+
 def test_a_threshold_that_nothing_passes_gives_an_empty_pool_with_its_gaps(sd15):
     none = rollout(sd15, threshold=0.999)
     assert len(none.pairs) == len(none.prompt_rows) == 0
@@ -352,7 +367,11 @@ def test_seed_epoch_and_index_each_change_the_draws_and_nothing_else_does(sd15):
 def test_sampling_leaves_mode_gradients_and_the_global_generator_alone(sd15):
     sd15.train()
     state = torch.get_rng_state()
+    modes = []
+    handle = sd15.unet.register_forward_pre_hook(lambda unet, inputs: modes.append(unet.training))
     result = rollout(sd15)
+    handle.remove()
+    assert modes == [False] * 4
     assert torch.equal(torch.get_rng_state(), state)
     assert sd15.unet.training
     assert not sd15.vae.training

@@ -89,7 +89,8 @@ def test_swapping_policy_and_reference_mirrors_the_count(scores):
 
 def test_mean_and_standard_error_by_hand():
     # 1, 2, 3, 6: mean 3, squared deviations 4 + 1 + 0 + 9 = 14, variance 14 / 3, standard error sqrt(14 / 12)
-    assert Mean.of([1.0, 2.0, 3.0, 6.0]) == Mean(3.0, pytest.approx(math.sqrt(14 / 12)))
+    found = Mean.of([1.0, 2.0, 3.0, 6.0])
+    assert (found.mean, found.standard_error) == (3.0, pytest.approx(math.sqrt(14 / 12)))
     assert Mean.of([5.0]) == Mean(5.0, 0.0)
 
 
@@ -107,6 +108,17 @@ def test_report_names_its_metrics_and_fits_a_terminal():
         console.print(report.table())
     assert "75.0% [" in (text := capture.get())
     assert "…" not in text
+
+
+# Which pictures
+
+
+def test_every_picture_has_draws_of_its_own_by_seed_prompt_and_number():
+    protocol = win_rate(prompts=["b", "a"], images_per_prompt=2, seed=7).validation
+    assert [(request.prompt, request.key) for request in protocol.requests()] == [
+        ("b", (7, "win_rate", 0, 0)), ("b", (7, "win_rate", 0, 1)),
+        ("a", (7, "win_rate", 1, 0)), ("a", (7, "win_rate", 1, 1)),
+    ]  # fmt: skip
 
 
 # The callback

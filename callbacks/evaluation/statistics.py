@@ -51,7 +51,7 @@ class WinCount:
         return WinCount(n, wins, ties, n - wins - ties, successes / n, *wilson_interval(successes, n))
 
 
-def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson_interval(successes: int | float, n: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval of a proportion; ``successes`` may be half-integer, where ties count half."""
     rate = successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)

@@ -47,7 +47,7 @@ class PoolPairs(Dataset[StepPairs]):
 
 
 def step_samples(
-    rollout: Rollout, first_key: int, transitions: Sequence[float], dtype: torch.dtype
+    rollout: Rollout, first_key: int, transitions: Sequence[int | float], dtype: torch.dtype
 ) -> Iterator[tuple[int, dict[str, bytes]]]:
     """A chunk's pairs by prompt, then step, so that a pool's order does not depend on the size of its chunks.
 
@@ -118,6 +118,6 @@ def _read(kind: type[StepPairs], info: dict[str, Any], tensors: dict[str, Tensor
     return values
 
 
-def _number(value: Any, timestep: bool) -> float:
+def _number(value: Any, timestep: bool) -> int | float:
     """Timesteps are integers where the schedule's are, everything else is fp32."""
     return int(value) if timestep and float(value).is_integer() else float(value)

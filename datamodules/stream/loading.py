@@ -112,7 +112,7 @@ class FaultTolerantDataset(Dataset[Any]):
             replaces a bad one depends on n and the data alone. None makes a bad sample an error.
     """
 
-    pairs: Dataset[Any]
+    pairs: Dataset[Any] | Sequence[Any]
     bad: BadSamples | None = None
 
     def __len__(self) -> int:

@@ -35,7 +35,8 @@ STYLE: Any = {  # matplotlib types its keys as a list of literals
     "axes.titleweight": "bold",
 }
 
-Position = Callable[[Run, float], float]  # where a run's step stands on the axis
+Point = tuple[int | float, float]
+Position = Callable[[Run, int | float], float]  # where a run's step stands on the axis
 
 
 def curves(comparison: Comparison, reward: str) -> bytes:
@@ -92,7 +93,7 @@ def results(comparison: Comparison, reward: str) -> bytes:
         return _png(figure)
 
 
-def amount(value: float) -> str:
+def amount(value: int | float) -> str:
     """A count in three digits: 950, 12.3k, 4.56M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
@@ -101,7 +102,7 @@ def amount(value: float) -> str:
 
 
 def _cost_position(name: str) -> Position:
-    def position(run: Run, step: float) -> float:
+    def position(run: Run, step: int | float) -> float:
         cost = run.cost(name, step)
         assert cost is not None  # comparison.costs names those that all runs have
         return cost
@@ -109,16 +110,16 @@ def _cost_position(name: str) -> Position:
     return position
 
 
-def _reward_points(comparison: Comparison, reward: str) -> Callable[[Run], list[tuple[float, float]]]:
-    def points(run: Run) -> list[tuple[float, float]]:
+def _reward_points(comparison: Comparison, reward: str) -> Callable[[Run], list[Point]]:
+    def points(run: Run) -> list[Point]:
         start = [(0.0, entry["reference"][reward]["mean"]) for entry in run.curve[:1] if entry["reference"]]
         return start + [(entry["step"], entry["policy"][reward]["mean"]) for entry in run.curve if entry["step"]]
 
     return points
 
 
-def _rate_points(reward: str) -> Callable[[Run], list[tuple[float, float]]]:
-    def points(run: Run) -> list[tuple[float, float]]:
+def _rate_points(reward: str) -> Callable[[Run], list[Point]]:
+    def points(run: Run) -> list[Point]:
         judged = [entry for entry in run.curve if entry["comparisons"] and entry["step"]]
         rates = [(entry["step"], 100 * entry["comparisons"][reward]["rate"]) for entry in judged]
         return [(0.0, 50.0), *rates] if rates else []
@@ -126,12 +127,10 @@ def _rate_points(reward: str) -> Callable[[Run], list[tuple[float, float]]]:
     return points
 
 
-def _draw_curves(
-    axes: Axes, comparison: Comparison, position: Position, points: Callable[[Run], list[tuple[float, float]]]
-) -> None:
+def _draw_curves(axes: Axes, comparison: Comparison, position: Position, points: Callable[[Run], list[Point]]) -> None:
     for number, method in enumerate(comparison.methods):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        by_step: defaultdict[float, list[tuple[float, float]]] = defaultdict(list)
+        by_step: defaultdict[int | float, list[Point]] = defaultdict(list)
         for run in method.runs:
             line = [(position(run, step), value) for step, value in points(run)]
             for (step, _), point in zip(points(run), line):
@@ -144,7 +143,7 @@ def _draw_curves(
         axes.plot(*_columns(mean), color=colour, marker=marker, markersize=5, linewidth=2, label=method.label)
 
 
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _columns(points: Sequence[Point]) -> tuple[list[int | float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 

@@ -72,7 +72,7 @@ class Run:
         costs = _read_entries(folder / "cost.json")
         return Run(label, folder, judged[-1], curve, tuple(costs), _read_settings(folder))
 
-    def cost(self, name: str, step: float) -> float | None:
+    def cost(self, name: str, step: int | float) -> float | None:
         """A cost of ``COSTS`` up to a step, interpolated between those that were written; None if none were."""
         if not self.costs:
             return None
