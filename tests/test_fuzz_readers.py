@@ -40,7 +40,7 @@ from datamodules.shards.writer import write_shard
 from datamodules.stream.loading import FaultTolerantDataset, PairLoader, identity
 from lightning_modules.batches import StepPairs
 from lightning_modules.errors import UserError
-from lightning_modules.rewards.step_aware_files import _read_weights
+from lightning_modules.weights.state_dicts import read_state_dict
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 
@@ -500,14 +500,14 @@ def test_damaged_checkpoints_of_preference_models(name: str, damages: list) -> N
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(damaged(WEIGHT_FILES[name], damages))
-        weights = readable(lambda: _read_weights(path))
+        weights = readable(lambda: read_state_dict(path, "a test"))
         assert weights is None or all(isinstance(key, str) for key in weights)
 
 
 @pytest.mark.parametrize("name", sorted(WEIGHT_FILES))
 def test_weights_that_are_not_damaged_are_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(WEIGHT_FILES[name])
-    found = _read_weights(tmp_path / name)
+    found = read_state_dict(tmp_path / name, "a test")
     assert all(torch.equal(found[key], value) for key, value in WEIGHTS.items())
 
 

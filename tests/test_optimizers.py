@@ -1,7 +1,7 @@
 """The optimizer of 8-bit moments is bitsandbytes', with the settings that it is given."""
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,8 +11,12 @@ from lightning_modules.optimizers import AdamW8bit
 
 
 def test_it_is_made_by_the_package(monkeypatch):
+    class Kept(torch.optim.Optimizer):
+        def __init__(self, params, **settings):
+            vars(self).update(params=params, **settings)
+
     package = ModuleType("bitsandbytes.optim")
-    package.AdamW8bit = lambda params, **settings: SimpleNamespace(params=params, **settings)
+    package.AdamW8bit = Kept
     monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", package)
     weights = [torch.zeros(2)]

@@ -100,7 +100,8 @@ def test_a_finished_picture_is_judged_at_t_0(model, known, prompts):
 def test_a_plain_clip_folder_becomes_a_model_that_scores_exactly_as_it_at_any_time(pipelines):
     folder = str(pipelines / "tiny-pickscore")
     plain, aware = PickScore(folder, None), StepAwarePreferenceModel(folder, None)
-    images = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))  # the model's size: no resizing
+    # Of the model's size and of 8 bits: nothing is resized or rounded.
+    images = torch.randint(256, (3, 3, 28, 28), generator=torch.Generator().manual_seed(0)) / 255
     prompts = ["a cat", "two dogs", ""]
     expected = torch.cat([plain.score(images[i : i + 1], prompts[i : i + 1]) for i in range(3)])
     for timesteps in (None, torch.tensor([0, 500, 999])):

@@ -1,8 +1,9 @@
 """Pairs per optimizer step: the same on every machine, and said."""
 
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+from lightning.pytorch import Trainer
 
 from datamodules.preference_pairs import PreferencePairsDataModule
 from experiments.cli.step_size import settle_step
@@ -10,7 +11,7 @@ from lightning_modules.errors import ConfigError
 
 
 def settled(ranks, batch, wanted=None, accumulated=1):
-    trainer = SimpleNamespace(world_size=ranks, accumulate_grad_batches=accumulated)
+    trainer = Mock(spec=Trainer, world_size=ranks, accumulate_grad_batches=accumulated)
     data = PreferencePairsDataModule("nowhere", batch_size=batch, pairs_per_step=wanted)
     return settle_step(trainer, data), trainer.accumulate_grad_batches
 

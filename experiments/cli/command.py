@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from lightning_modules.errors import UserError
 from lightning_modules.files import os_error
@@ -73,7 +73,7 @@ class _Steady(io.FileIO):
             return memoryview(text).nbytes
 
 
-def _steady(stream: TextIO) -> TextIO:
+def _steady(stream: Any) -> Any:
     """The same stream, whose reader may go away, and on which text that it has no characters for is shown as "?"."""
     buffer = getattr(stream, "buffer", None)  # under PYTHONUNBUFFERED the file itself
     if not isinstance(stream, io.TextIOWrapper) or not isinstance(getattr(buffer, "raw", buffer), io.FileIO):

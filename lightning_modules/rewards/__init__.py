@@ -1,8 +1,17 @@
 """Reward models: how good is this picture for this prompt?"""
 
+from lightning_modules.rewards.aesthetic import AestheticPredictor
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.rewards.function import FunctionReward, Reward, as_reward_model
 from lightning_modules.rewards.pickscore import PickScore
 from lightning_modules.rewards.step_aware import StepAwarePreferenceModel
 
-__all__ = ["FunctionReward", "PickScore", "Reward", "RewardModel", "StepAwarePreferenceModel", "as_reward_model"]
+__all__ = [
+    "AestheticPredictor",
+    "FunctionReward",
+    "PickScore",
+    "Reward",
+    "RewardModel",
+    "StepAwarePreferenceModel",
+    "as_reward_model",
+]

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from lightning_modules.prompt_lengths import CutPrompts
+from lightning_modules.rewards.preprocessing import eight_bit_levels, pillow_resize
 from lightning_modules.weights.pretrained import Pretrained
 
 CUT_PROMPTS = CutPrompts("CLIP as a judge")
@@ -30,10 +31,8 @@ def read_tokenizer(location: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class ClipPreprocessing:
-    """``CLIPImageProcessor`` on tensors: bicubic resize of the short side, centre crop, normalisation.
-
-    The processor rounds to 8 bits after each pass of the resizing, this doesn't: they agree within one 8-bit
-    level, which is 1 / 255 / 0.26 = 0.015 after normalisation.
+    """``CLIPImageProcessor`` with Pillow, on tensors: pictures are rounded to 8 bits, then bicubic resize of the short
+    side, centre crop, normalisation. The numbers are those that the processor makes of the saved PNG.
 
     Attributes:
         size: length of the short side after resizing, in pixels.
@@ -71,11 +70,7 @@ class ClipPreprocessing:
         height, width = images.shape[-2:]
         short = min(height, width)
         resized = (self.size * height // short, self.size * width // short)
-        # One axis after the other, as on 8-bit pictures, where the overshoot of each pass is cut off.
-        for target in ((height, resized[1]), resized):
-            images = F.interpolate(images.float(), target, mode="bicubic", align_corners=False, antialias=True)
-            images = images.clamp(0, 1)
-        return self.crop_and_normalise(images)
+        return self.crop_and_normalise(pillow_resize(eight_bit_levels(images), *resized) / 255)
 
     def crop_and_normalise(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 crop crop"]:
         """The middle of pictures in [0, 1] that are resized already, normalised."""

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
 from lightning_modules.errors import ConfigError
@@ -18,6 +16,9 @@ from lightning_modules.rewards.clip import ClipPreprocessing
 from lightning_modules.rewards.time_conditioning import add_time_conditioning
 from lightning_modules.weights.audit import UNREADABLE, mismatch
 from lightning_modules.weights.pretrained import Pretrained
+from lightning_modules.weights.state_dicts import damaged, find_weights, read_state_dict
+
+_WHOSE = "step-aware preference model"
 
 
 def load_clip(source: Pretrained, checkpoint: str | None) -> Any:
@@ -31,7 +32,7 @@ def load_clip(source: Pretrained, checkpoint: str | None) -> Any:
     Raises:
         ConfigError: missing or damaged weights, or weights of a model of another size.
     """
-    weights = _own_weights(source) if checkpoint is None else _find_checkpoint(checkpoint)
+    weights = _own_weights(source) if checkpoint is None else find_weights(checkpoint, _WHOSE)
     return _plain_clip(source) if weights is None else _time_conditioned_clip(source, weights)
 
 
@@ -57,7 +58,7 @@ def _plain_clip(source: Pretrained) -> Any:
 def _time_conditioned_clip(source: Pretrained, file: Path) -> Any:
     clip: Any = CLIPModel(source.load(_read_config))
     add_time_conditioning(clip)
-    found = _read_weights(file)
+    found = read_state_dict(file, _WHOSE)
     if all(name.startswith("model.") for name in found):
         found = {name.removeprefix("model."): value for name, value in found.items()}
     # Buffers that older versions of transformers stored: 0, 1, 2, ...
@@ -65,7 +66,7 @@ def _time_conditioned_clip(source: Pretrained, file: Path) -> Any:
     difference = mismatch(clip.state_dict(), found)
     if difference is not None:
         raise ConfigError(
-            f"step-aware preference model: {file} does not fit the CLIP model {source.name!r}: {difference}; "
+            f"{_WHOSE}: {file} does not fit the CLIP model {source.name!r}: {difference}; "
             "give `pretrained` the model that it was trained from, or another checkpoint"
         )
     clip.load_state_dict(found)
@@ -85,47 +86,4 @@ def _own_weights(source: Pretrained) -> Path | None:
         with safe_open(file, "pt") as weights:
             return file if "t_embedder.mlp.0.weight" in weights.keys() else None  # noqa: SIM118  # no iterator
     except UNREADABLE as error:
-        raise _damaged(file, error) from error
-
-
-def _find_checkpoint(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    try:
-        source = Pretrained.find(str(path.parent))
-    except ConfigError:
-        source = None
-    if source is None or source.local or path.suffix not in (".bin", ".safetensors"):
-        raise ConfigError(
-            f"step-aware preference model: no checkpoint {name!r}; give a .bin or .safetensors file, or a file on the "
-            "hub as organisation/name/file"
-        )
-
-    def fetch(location: str, local_files_only: bool, **options: Any) -> str:
-        return hf_hub_download(location, path.name, **options)
-
-    return Path(source.load(fetch))
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise _damaged(file, error) from error
-    if not isinstance(weights, dict) or not all(_is_plain(*item) for item in weights.items()):
-        raise _damaged(file, "it holds no state dict")
-    return weights
-
-
-def _is_plain(name: object, value: object) -> bool:
-    if not isinstance(name, str) or not isinstance(value, Tensor):
-        return False
-    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-
-
-def _damaged(file: Path, reason: object) -> ConfigError:
-    said = " ".join(str(reason).split())[:200]
-    return ConfigError(f"step-aware preference model: {file} cannot be read; download it again. ({said})")
+        raise damaged(file, _WHOSE, error) from error
