@@ -109,16 +109,7 @@ class StepPoolDataModule(CursorDataModule):
         pairs_per_step: int | None = None,
     ) -> None:
         super().__init__(batch_size, pairs_per_step)
-        if decoder_checks < 0:
-            raise ConfigError(f"data.decoder_checks must be 0 (none) or more prompts, got {decoder_checks}")
-        if reuse is None and (prompts is None or scorer is None):
-            raise ConfigError("data.prompts and data.scorer make a pool; give both, or kept pools as data.reuse")
-        if reuse == [] or (reuse and fill):
-            raise ConfigError("data.reuse names pools to train on: at least one, and none are made, so no data.fill")
-        if fill is not None and not 0 <= fill[0] < fill[1]:
-            raise ConfigError(f"data.fill is [i, n], part i of n counted from 0, got {list(fill)}")
-        if prompts is not None and not len(prompts):
-            raise ConfigError("data.prompts is an empty list; give texts, or a prompt file")
+        check_settings(prompts, scorer, decoder_checks, fill, reuse)
         texts = [] if prompts is None else prompt_texts(prompts)
         self.recipe = PoolRecipe(sampler, texts, prompts_per_pool, prompts_per_batch, seed, latents_dtype)
         self.sampler, self.scorer = sampler, scorer
@@ -261,12 +252,8 @@ class StepPoolDataModule(CursorDataModule):
         per_step = self.pairs_per_batch * self.accumulated
         pairs = manifest.counts["pairs"]
         if pairs < max(self.min_pairs, per_step):
-            raise DataError(
-                f"the pool {self._folder(name)} has {pairs} pairs of {manifest.counts['prompts']} prompts, needed are "
-                f"{max(self.min_pairs, per_step)}: an optimizer step takes {self.pairs_per_batch} per batch over all "
-                f"ranks x {self.accumulated} accumulated, and data.min_pairs is {self.min_pairs}. "
-                f"{what_to_change(manifest)}"
-            )
+            folder = self._folder(name)
+            raise DataError(too_few(folder, manifest, self.pairs_per_batch, self.accumulated, self.min_pairs))
         if self.reuse:
             check_reused(self._policy, self._objective, self.sampler, self._folder(name))
         batches = pairs // per_step * self.accumulated
@@ -308,6 +295,29 @@ class StepPoolDataModule(CursorDataModule):
 
     def _pools(self) -> Path:
         return self.pools_dir or Path(self._running.default_root_dir) / "pools"
+
+
+def check_settings(
+    prompts: str | list[str] | None,
+    scorer: StepScorer | None,
+    decoder_checks: int,
+    fill: tuple[int, int] | None,
+    reuse: list[str] | None,
+) -> None:
+    """
+    Raises:
+        ConfigError: they contradict each other, or are out of range.
+    """
+    if decoder_checks < 0:
+        raise ConfigError(f"data.decoder_checks must be 0 (none) or more prompts, got {decoder_checks}")
+    if reuse is None and (prompts is None or scorer is None):
+        raise ConfigError("data.prompts and data.scorer make a pool; give both, or kept pools as data.reuse")
+    if reuse == [] or (reuse and fill):
+        raise ConfigError("data.reuse names pools to train on: at least one, and none are made, so no data.fill")
+    if fill is not None and not 0 <= fill[0] < fill[1]:
+        raise ConfigError(f"data.fill is [i, n], part i of n counted from 0, got {list(fill)}")
+    if prompts is not None and not len(prompts):
+        raise ConfigError("data.prompts is an empty list; give texts, or a prompt file")
 
 
 def policy_of(module: Any) -> DiffusionPolicy:
@@ -393,6 +403,15 @@ def check_reused(policy: DiffusionPolicy, objective: Any, sampler: StepSampler, 
             f"{folder} holds latents of shape {tuple(found)}, this run's policy makes {wanted}; reuse pools of the "
             "same base model"
         )
+
+
+def too_few(folder: Path, manifest: Manifest, per_batch: int, accumulated: int, least: int) -> str:
+    """About a pool that doesn't fill an optimizer step, or has fewer than ``data.min_pairs``."""
+    return (
+        f"the pool {folder} has {manifest.counts['pairs']} pairs of {manifest.counts['prompts']} prompts, needed are "
+        f"{max(least, per_batch * accumulated)}: an optimizer step takes {per_batch} per batch over all "
+        f"ranks x {accumulated} accumulated, and data.min_pairs is {least}. {what_to_change(manifest)}"
+    )
 
 
 def what_to_change(manifest: Manifest) -> str:
