@@ -252,8 +252,9 @@ class StepPoolDataModule(CursorDataModule):
         per_step = self.pairs_per_batch * self.accumulated
         pairs = manifest.counts["pairs"]
         if pairs < max(self.min_pairs, per_step):
-            folder = self._folder(name)
-            raise DataError(too_few(folder, manifest, self.pairs_per_batch, self.accumulated, self.min_pairs))
+            raise DataError(
+                too_few(self._folder(name), manifest, self.pairs_per_batch, self.accumulated, self.min_pairs)
+            )
         if self.reuse:
             check_reused(self._policy, self._objective, self.sampler, self._folder(name))
         batches = pairs // per_step * self.accumulated
