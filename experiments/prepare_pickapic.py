@@ -44,6 +44,7 @@ from datamodules.shards.samples import pixel_members
 from datamodules.shards.writer import write_shard
 from experiments.cli.command import run_command
 from experiments.cli.configured_policy import load_policy
+from experiments.cli.orphans import end_with
 from experiments.preparation.encoding import encoded, latents_key
 from experiments.preparation.inputs import find_inputs
 from experiments.preparation.pickapic_rows import (
@@ -144,7 +145,8 @@ def _in_parallel(
     # Not forked from here: threads of torch and pyarrow don't survive it. The server imports once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["datamodules.shards.writer", "pyarrow.parquet", "rich.progress"])
-    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=context)
+    theirs, ours = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=end_with, initargs=(theirs,))
     try:
         jobs: dict[Future[UnitResult], Unit] = {
             pool.submit(prepare_unit, unit, settings, folder, config): unit for unit in todo
@@ -158,6 +160,8 @@ def _in_parallel(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+        ours.close()
+        theirs.close()
 
 
 # ------------------------------------------------------------------------------------------------ job

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow
@@ -260,6 +261,38 @@ def test_a_killed_preparation_is_taken_up_again(tmp_path: Path) -> None:
     (tmp_path / "out" / ".00099.tar-unfinished-1").write_bytes(b"half")
     assert prepared(source, tmp_path / "out", "--shard-size", "8") == whole
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def processes_of(marker: str) -> list[int]:
+    """Processes that have a variable in their environment, but for this one."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if marker.encode() in (place / "environ").read_bytes().split(b"\0"):
+                found.append(int(place.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux' /proc")
+def test_workers_do_not_outlive_a_killed_preparation(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "a.parquet", rows(240), row_group_size=8)
+    marker = f"PREPARATION={tmp_path}"
+    command = [sys.executable, "-m", "experiments.prepare_pickapic", "--input", str(source), "--shard-size", "8"]
+    process = subprocess.Popen(
+        [*command, "--output", str(tmp_path / "out"), "--workers", "2"],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PREPARATION": str(tmp_path)},
+    )
+    while not list((tmp_path / "out").glob("*.tar")) and process.poll() is None:
+        time.sleep(0.01)
+    assert len(processes_of(marker)) >= 4  # this command, its server, two workers
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for _ in range(300):
+        if not processes_of(marker):
+            break
+        time.sleep(0.1)
+    assert processes_of(marker) == []
 
 
 def test_a_finished_preparation_is_not_repeated_and_other_settings_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
 
 GRACE_SECONDS = 10.0  # at a run's end all processes leave, but not in the same moment
 
@@ -19,6 +21,20 @@ def end_with_launcher() -> None:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         threading.Thread(target=_watch, args=(os.getppid(),), name="orphan-watch", daemon=True).start()
+
+
+def end_with(main: Connection) -> None:
+    """In a worker of a pool: end it as soon as the process that holds the other end of this pipe is gone.
+
+    A pool's workers wait for their next job on a pipe that they hold open themselves, and nobody else ends them.
+    """
+
+    def wait() -> None:
+        with suppress(EOFError, OSError):
+            main.recv()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="orphan-watch", daemon=True).start()
 
 
 def _watch(launcher: int) -> None:
