@@ -252,9 +252,7 @@ class StepPoolDataModule(CursorDataModule):
         per_step = self.pairs_per_batch * self.accumulated
         pairs = manifest.counts["pairs"]
         if pairs < max(self.min_pairs, per_step):
-            raise DataError(
-                too_few(self._folder(name), manifest, self.pairs_per_batch, self.accumulated, self.min_pairs)
-            )
+            raise DataError(too_few(self._folder(name), manifest, per_step, self.pairs_per_batch, self.min_pairs))
         if self.reuse:
             check_reused(self._policy, self._objective, self.sampler, self._folder(name))
         batches = pairs // per_step * self.accumulated
@@ -406,12 +404,12 @@ def check_reused(policy: DiffusionPolicy, objective: Any, sampler: StepSampler, 
         )
 
 
-def too_few(folder: Path, manifest: Manifest, per_batch: int, accumulated: int, least: int) -> str:
+def too_few(folder: Path, manifest: Manifest, per_step: int, per_batch: int, least: int) -> str:
     """About a pool that doesn't fill an optimizer step, or has fewer than ``data.min_pairs``."""
     return (
         f"the pool {folder} has {manifest.counts['pairs']} pairs of {manifest.counts['prompts']} prompts, needed are "
-        f"{max(least, per_batch * accumulated)}: an optimizer step takes {per_batch} per batch over all "
-        f"ranks x {accumulated} accumulated, and data.min_pairs is {least}. {what_to_change(manifest)}"
+        f"{max(least, per_step)}: an optimizer step takes {per_batch} per batch over all "
+        f"ranks x {per_step // per_batch} accumulated, and data.min_pairs is {least}. {what_to_change(manifest)}"
     )
 
 
