@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
         raise SystemExit(0)
     start = Start.of(line)  # before the heavy imports: a mistyped name should not wait for them
     explains = any("help" in word.partition("=")[0] for word in line.overrides)
-    if not start.tree and not explains:
+    if not line.configs and start.saved is None and not explains:
         raise ConfigError(no_config(line.overrides))
 
     end_with_launcher()
