@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from experiments.cli.command import run_command
-from experiments.cli.compose import CommandLine, import_named, no_config
+from experiments.cli.compose import CommandLine, import_all, import_named, no_config
 from experiments.cli.help_page import asks_help, help_page
 from experiments.cli.orphans import end_with_launcher
 from experiments.cli.start import Start
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> ExperimentCLI:
     quiet()
     for tree in (start.tree, start.saved.tree if start.saved else {}):
         import_named(tree, start.words)
+    if explains:
+        import_all()
     with ExitStack() as held:
         if not explains:
             check_kind_of_pairs(start.tree)

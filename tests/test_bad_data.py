@@ -84,7 +84,7 @@ def test_an_empty_file_and_a_file_of_something_else(tmp_path: Path) -> None:
 
 def test_pictures_that_are_no_bytes(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "a.parquet", rows(1, jpg_0="a path"))
-    assert "column jpg_0 is string, expected binary" in refusal(prepared(source, tmp_path / "out"))
+    assert "column jpg_0 is string, expected encoded pictures as binary" in refusal(prepared(source, tmp_path / "out"))
 
 
 def test_no_rows(tmp_path: Path) -> None:

@@ -79,6 +79,12 @@ print({"diffusers", "peft", "transformers"} & set(sys.modules))
     assert done.stdout == "set()\n"
 
 
+def test_help_lists_classes_that_nothing_else_imports():
+    words = ["experiments.run", "--config=dpo_tiny", "--model.policy.help"]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=True)
+    assert "lightning_modules.policies.LoRA" in "".join(done.stdout.split())
+
+
 def test_every_name_of_the_package_is_there():
     assert set(policies.__all__) == set(policies._MODULES)
     assert all(getattr(policies, name).__name__ == name for name in policies.__all__)

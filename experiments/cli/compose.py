@@ -225,3 +225,10 @@ def import_named(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     words = re.findall(r"\b[A-Z]\w*", OmegaConf.to_yaml(OmegaConf.create(tree)) + " " + " ".join(overrides))
     for module in sorted({known[word] for word in words if word in known}):
         importlib.import_module(module)
+
+
+def import_all() -> None:
+    """Import the modules of all classes that settings can name, for help that lists them."""
+    for module in sorted(set(known_classes().values())):
+        if not module.startswith("experiments."):
+            importlib.import_module(module)
