@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -42,7 +41,7 @@ class AestheticPredictor(RewardModel):
     ) -> None:
         super().__init__()
         source = Pretrained.find(pretrained)
-        self.model: Any = source.load(partial(CLIPModel.from_pretrained, dtype=DTYPES[dtype]))
+        self.model: Any = source.load_model(CLIPModel, DTYPES[dtype])
         self.preprocess = ClipPreprocessing.load(source)
         self.head = AestheticHead(self.model.visual_projection.out_features)
         file = find_weights(head, "AestheticPredictor")
