@@ -13,14 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, prod
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.policies.lora import LoRA
 from lightning_modules.rewards.time_conditioning import add_time_conditioning
 
@@ -125,7 +126,7 @@ def trained_shapes(unet: str, rank: int | None) -> Shapes:
     with torch.device("meta"):
         network = NETWORKS[unet]()
         if rank is not None:
-            LoRA(rank=rank).apply(SimpleNamespace(denoiser=network))  # type: ignore[arg-type]
+            LoRA(rank=rank).apply(Mock(spec=DiffusionPolicy, denoiser=network))
     return [tuple(parameter.shape) for parameter in network.parameters() if parameter.requires_grad]
 
 

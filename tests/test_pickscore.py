@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reward_pictures
 import torch
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel
@@ -107,3 +108,14 @@ def test_unequal_numbers_of_pictures_and_prompts_are_refused():
 def test_a_missing_folder_is_one_clear_message():
     with pytest.raises(ConfigError, match=r"no folder '\./nowhere'"):
         PickScore("./nowhere", None)
+
+
+def test_pixels_and_scores_are_the_published_ones(golden):
+    """Pictures of other sizes than the model's, as the published code prepares and scores them."""
+    reward, known = PickScore(str(reward_pictures.FOLDER / "tiny-pickscore"), None), golden("reward_pickscore")
+    pixels = torch.cat([reward.preprocess(picture)[..., ::7, ::7] for picture in reward_pictures.pictures()])
+    torch.testing.assert_close(pixels, known["pixels"], rtol=0, atol=1e-6)
+    scores = reward_pictures.scored(reward)
+    torch.testing.assert_close(scores, known["scores.logit"], rtol=0, atol=1e-4)
+    cosines = scores / known["logit_scale"].exp()
+    torch.testing.assert_close(cosines, known["scores.cosine"], rtol=0, atol=1e-5)

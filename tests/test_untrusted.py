@@ -328,7 +328,7 @@ def test_a_pickle_among_published_weights_is_not_run(
     torch.save({"weight": Bomb(tmp_path / "proof")}, tmp_path / "base" / component / f"{weights}.bin")
     source = Pretrained.find(str(tmp_path / "base")).component(component)
     message = refusal(lambda: source.load(reader), ConfigError)
-    assert "is damaged or of another kind" in message
+    assert "is damaged" in message
     assert not (tmp_path / "proof").exists()
 
 
