@@ -181,7 +181,7 @@ class TestStart:
 
     def test_what_is_no_lora_is_refused(self, tmp_path):
         source = str(KINDS["sd"][1])
-        with pytest.raises(ConfigError, match="no 'nowhere'"):
+        with pytest.raises(ConfigError, match="no checkpoint 'nowhere'"):
             StableDiffusion(source, LoRA(weights="nowhere"))
         with pytest.raises(ConfigError, match="holds 0 .safetensors files"):
             StableDiffusion(source, LoRA(weights=str(tmp_path)))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
-from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.weights.audit import UNREADABLE
-from lightning_modules.weights.pretrained import Pretrained
+from lightning_modules.weights.state_dicts import find_weights
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
@@ -120,24 +119,10 @@ def _fold_alphas(tensors: dict[str, Tensor]) -> None:
 
 def _find(name: str) -> Path:
     path = Path(name).expanduser()
-    if path.is_file():
-        return path
     if path.is_dir():
         inside = sorted(path.glob("*.safetensors"))
         named = [file for file in inside if file.name == FILE] or inside
         if len(named) == 1:
             return named[0]
         raise ConfigError(f"LoRA weights {name!r}: the folder holds {len(inside)} .safetensors files; name one of them")
-    source = None
-    if path.suffix == ".safetensors" and len(path.parts) > 2 and not path.is_absolute():
-        source = Pretrained.find(str(path.parent))
-    if source is None or source.local:
-        raise ConfigError(
-            f"LoRA weights: no {name!r} below {Path.cwd()}; give a .safetensors file, a folder that holds one, or a "
-            "file on the hub as organisation/name/file"
-        )
-
-    def fetch(location: str, local_files_only: bool, **options: Any) -> str:
-        return hf_hub_download(location, path.name, **options)
-
-    return Path(source.load(fetch))
+    return find_weights(name, "LoRA weights", (".safetensors",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from lightning_modules.weights.pretrained import Pretrained
 SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 
 
-def find_weights(name: str, whose: str) -> Path:
+def find_weights(name: str, whose: str, suffixes: Sequence[str] = SUFFIXES) -> Path:
     """A file, or ``organisation/name/file`` on the hub, fetched.
 
     Args:
-        name: of the file.
+        name: the file's name.
         whose: who wants it, for messages.
+        suffixes: kinds of files that are taken from the hub.
 
     Raises:
         ConfigError: neither, or a hub that does not answer.
@@ -34,10 +36,10 @@ def find_weights(name: str, whose: str) -> Path:
         source = Pretrained.find(str(path.parent))
     except ConfigError:
         source = None
-    if source is None or source.local or path.suffix not in SUFFIXES:
+    if source is None or source.local or path.suffix not in suffixes:
         raise ConfigError(
-            f"{whose}: no checkpoint {name!r}; give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a file on "
-            "the hub as organisation/name/file"
+            f"{whose}: no checkpoint {name!r}; give a {' or '.join(suffixes)} file, or a file on the hub as "
+            "organisation/name/file"
         )
 
     def fetch(location: str, local_files_only: bool, **options: Any) -> str:
