@@ -39,10 +39,9 @@ from datamodules.shards.manifest import Manifest
 from experiments import prepare_pickapic
 from experiments.cli.command import run_command
 from experiments.preparation.pair_inputs import FORMS, find_tables, is_pickapic, read_pairs
-from experiments.preparation.pair_rows import FilePair, FromScores, Picture
+from experiments.preparation.pair_rows import FilePair, FromScores, Picture, refuse_unread
 from experiments.preparation.pickapic_schema import SCHEMA
 from lightning_modules.errors import ConfigError, DataError
-from lightning_modules.files import resolved_path
 
 BLOCK = 64  # pairs per row group, and in memory at once
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -63,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> Manifest:
     for name in ("limit", "encode_with", "resolution", "dtype"):
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    tables = find_tables(args.input, args.split)
-    if all(map(is_pickapic, tables)) and not args.columns:
-        return prepare_pickapic.main(["--input", *map(str, tables), *words])
     columns, from_scores = _columns(args.columns), FromScores(args.pairs == "all", args.margin)
+    tables = find_tables(args.input, args.split)
+    if all(map(is_pickapic, tables)) and not columns:
+        refuse_unread(tables[0], columns, from_scores)
+        return prepare_pickapic.main(["--input", *map(str, tables), *words])
     pairs = (pair for table in tables for pair in read_pairs(table.resolve(), columns, from_scores))
     with tempfile.TemporaryDirectory(prefix="pairs-") as folder:
         file = Path(folder) / tables[0].name  # by which damaged rows are named
@@ -126,24 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", required=True, metavar="IN", help="table, folder of pictures, tar file or hub id, see below")
-    add(
-        "--output",
-        type=resolved_path,
-        required=True,
-        metavar="DIR",
-        help="folder for the shards; made where needed",
-    )
     add("--columns", metavar="ROLE=NAME,...", help="the table's names of chosen, rejected, prompt, ...")
     add("--split", default="train", help="which files of a folder of parquet files or of a hub id (train)")
     add("--pairs", choices=("best-worst", "all"), default="best-worst", help="of pictures with scores (best-worst)")
     add("--margin", type=float, default=0.0, metavar="M", help="scores closer than that make a tie (0)")
-    add("--limit", type=int, metavar="N", help="read only the first N pairs")
-    add("--keep-ties", action="store_true", help="keep ties, label 0.5; only preference-model training can use them")
-    add("--shard-size", type=int, default=1000, metavar="N", help="most pairs in a shard (1000)")
-    add("--workers", type=int, default=1, metavar="N", help="processes; with --encode-with one per GPU (1)")
-    add("--encode-with", metavar="CONFIG", help="store this experiment's latents and embeddings, not pictures")
-    add("--resolution", type=int, metavar="PX", help="side of the encoded squares (the policy's own size)")
-    add("--dtype", choices=("float16", "float32"), help="number type of stored latents and embeddings (float16)")
+    prepare_pickapic.add_output_options(parser)
     return parser
 
 

@@ -301,6 +301,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="IN", help="parquet files, a pattern, their folder, or a hub id")
+    add("--split", default="train", help="which files of a folder or hub id: train, validation_unique, ... (train)")
+    add_output_options(parser)
+    return parser
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """What every preparation of shards can be told about them."""
+    add = parser.add_argument
     add(
         "--output",
         type=resolved_path,
@@ -308,7 +316,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for the shards; made where needed",
     )
-    add("--split", default="train", help="which files of a folder or hub id: train, validation_unique, ... (train)")
     add("--shard-size", type=_positive, default=1000, metavar="N", help="most pairs in a shard (1000)")
     add("--workers", type=_positive, default=1, metavar="N", help="processes; with --encode-with one per GPU (1)")
     add("--limit", type=_positive, metavar="N", help="read only the first N rows")
@@ -316,7 +323,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--encode-with", metavar="CONFIG", help="store this experiment's latents and embeddings, not pictures")
     add("--resolution", type=_positive, metavar="PX", help="side of the encoded squares (the policy's own size)")
     add("--dtype", choices=("float16", "float32"), help="number type of stored latents and embeddings (float16)")
-    return parser
 
 
 def _positive(text: str) -> int:

@@ -337,3 +337,23 @@ def test_what_is_wrong_is_one_line(pictures, table, words, message):
 def test_a_place_without_pairs_is_one_line(pictures, make, message):
     with pytest.raises(DataError, match=message):
         prepared(pictures, "out", make(Path(pictures)))
+
+
+@pytest.mark.parametrize("form", ["csv", "folders", "tar", "Pick-a-Pic", "page"])
+@pytest.mark.parametrize("words", [["--margin", "0.5"], ["--pairs", "all"]])
+def test_settings_of_scores_where_there_are_none_are_refused(pictures, form, words):
+    with pytest.raises(ConfigError, match="--pairs and --margin are for pictures with scores, and .* has none"):
+        prepared(pictures, "out", *FORMS[form](pictures), *words)
+    assert not (pictures / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["folders", "tar"])
+def test_columns_where_there_are_none_are_refused(pictures, form):
+    with pytest.raises(ConfigError, match="--columns is for tables, and .* is none"):
+        prepared(pictures, "out", *FORMS[form](pictures), "--columns", "chosen=a")
+
+
+@pytest.mark.parametrize("margin", ["-1", "nan", "inf"])
+def test_a_margin_that_means_nothing_is_refused(pictures, margin):
+    with pytest.raises(ConfigError, match="--margin must be 0 or more, got"):
+        prepared(pictures, "out", as_lists(pictures), f"--margin={margin}")

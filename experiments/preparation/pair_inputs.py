@@ -20,6 +20,7 @@ from experiments.preparation.pair_rows import (
     Row,
     caption_beside,
     pairs_of_rows,
+    refuse_unread,
 )
 from experiments.preparation.pickapic_rows import REQUIRED
 from lightning_modules.errors import DataError
@@ -83,10 +84,9 @@ def read_pairs(place: Path, columns: Mapping[str, str], from_scores: FromScores)
         DataError: a picture that is not there, or a choice, score or prompt that means nothing.
         ConfigError: a column that the table does not have.
     """
-    if place.is_dir():
-        yield from _of_folders(place)
-    elif place.suffix.lower() == ".tar":
-        yield from _of_tar(place)
+    if place.is_dir() or place.suffix.lower() == ".tar":
+        refuse_unread(place, columns, from_scores)
+        yield from _of_folders(place) if place.is_dir() else _of_tar(place)
     else:
         rows = _of_parquet(place) if place.suffix.lower() == ".parquet" else _last_choices(list(_of_text(place)))
         yield from pairs_of_rows(place, rows, columns, from_scores)

@@ -54,10 +54,17 @@ class FromScores:
     Attributes:
         every: every two pictures; else the best and the worst alone.
         margin: scores closer than that are a tie, as equal scores are.
+
+    Raises:
+        ConfigError: a margin below 0.
     """
 
     every: bool = False
     margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin < math.inf:
+            raise ConfigError(f"--margin must be 0 or more, got {self.margin}")
 
     def pairs(self, scored: Sequence[tuple[Picture, float]], prompt: str, place: str) -> Iterator[FilePair]:
         """
@@ -97,6 +104,8 @@ def pairs_of_rows(
     if head is None:
         return
     reader = _Reader(table, _names(table, head[1], columns))
+    if not any(role in reader.names for role in ("score", "scores", "score_0")):
+        refuse_unread(table, {}, from_scores)
     groups: dict[str, list[tuple[Picture, float]]] = {}
     for place, row in chain([head], rows):
         if "image" in reader.names:
@@ -110,6 +119,18 @@ def pairs_of_rows(
             yield from reader.pair(place, row, from_scores)
     for prompt, scored in groups.items():
         yield from from_scores.pairs(scored, prompt, str(table))
+
+
+def refuse_unread(place: Path, columns: Mapping[str, str], from_scores: FromScores) -> None:
+    """For an input without scores, and with ``columns`` given for one without columns of its own.
+
+    Raises:
+        ConfigError: it was told what it would never read.
+    """
+    if columns:
+        raise ConfigError(f"--columns is for tables, and {place} is none; leave it out")
+    if from_scores != FromScores():
+        raise ConfigError(f"--pairs and --margin are for pictures with scores, and {place} has none; leave them out")
 
 
 def caption_beside(pictures: Sequence[Picture], place: str) -> str:
