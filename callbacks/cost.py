@@ -40,7 +40,7 @@ class Cost(Callback):
     """Counts what the training costs, over all ranks and over restarts, and writes ``cost.json`` in the run folder.
 
     What validation and the callbacks' evaluations (``WinRate``, ``SampleGrid``) cost is left out. After a restart the
-    counts go on from the checkpoint's: what a killed run has to do again is counted once.
+    counts continue from the checkpoint's: what a killed run has to do again is counted once.
 
     ``cost.json`` holds the history and, last, the end; each entry has
 

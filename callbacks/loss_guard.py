@@ -27,7 +27,7 @@ class LossGuard(Callback):
     A step is left out if the loss of any of its batches on any rank, or the norm of its gradient (over all trained
     weights, before clipping), is not finite. All ranks decide it together. Weights, the optimizer's moments and
     weight averages stay as they are, bit for bit. It counts as a step all the same: ``global_step``, the learning
-    rate's schedule and the data go on, so that the run has as many steps as it was given, and resumes exactly.
+    rate's schedule and the data move on, so that the run has as many steps as it was given, and resumes exactly.
 
     ``GradScaler`` (precision 16-mixed) leaves out steps by itself while it looks for its scale; those are no faults
     and are not counted. A gradient that overflows at scale 1 is one.

@@ -32,7 +32,7 @@ class PreferencePairsDataModule(CursorDataModule):
     """Batches of ``PreferencePairs`` from shards of pixels, or of ``LatentPairs`` from shards of latents.
 
     The run's samples form one endless stream: its data, flip and crop at position n depend on (seed, n) alone, not
-    on ranks, batch size, workers or restarts. A checkpoint keeps the position; a resumed run goes on from there even
+    on ranks, batch size, workers or restarts. A checkpoint keeps the position; a resumed run continues from there even
     with another number of ranks or another batch size.
 
     Args:
@@ -145,7 +145,7 @@ class PreferencePairsDataModule(CursorDataModule):
                 f"data.batch_size and data.pairs_per_step to at most {total}, or give more data"
             )
         if self.trainer and self.samples_seen() == 0:
-            # A run that begins anew counts anew, before any rank reads.
+            # A run from scratch counts from zero, before any rank reads.
             if self.trainer.is_global_zero:
                 self._bad[self.train_set.shards.fingerprint()].forget()
             self.trainer.strategy.barrier("bad samples")

@@ -52,7 +52,7 @@ class StepPoolDataModule(CursorDataModule):
     has equally many batches, however many valid pairs its own prompts gave. What doesn't fill an optimizer step is
     left out and counted (``pool/dropped``).
 
-    Everything random comes from (seed, pool number, prompt). A killed run goes on exactly: a finished pool is read
+    Everything random comes from (seed, pool number, prompt). A killed run resumes exactly: a finished pool is read
     again, of an unfinished one only the missing chunks are sampled. A pool's folder is named after its number and a
     hash of the policy's weights and of all settings that shape it, so that no other pool is taken for it.
 

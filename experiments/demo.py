@@ -1,11 +1,11 @@
-"""The whole road in one command, without network or GPU: align the embedded model, judge it on held-out prompts.
+"""The whole pipeline in one command, without network or GPU: align the embedded model, judge it on held-out prompts.
 
     python -m experiments.demo
     python -m experiments.demo --methods dpo spo shuffled --seeds 0 1 2
 
 What ``make demo`` runs is SPO, with the step-aware preference model that ships. ``dpo`` first lets the base draw
-pictures and orders them by the exact reward; ``shuffled`` is SPO's control, its judge's scores dealt at random. Every
-step is a command of its own, printed before it runs; a second call goes on where the first one stopped. Several runs
+pictures and orders them by the exact reward; ``shuffled`` is SPO's control, its judge's scores shuffled. Every
+step is a command of its own, printed before it runs; a second call resumes where the first one stopped. Several runs
 are compared at the end. Further ``--key=value`` settings go to every training, as with ``experiments.run``.
 """
 

@@ -5,7 +5,7 @@
     python -m experiments.prepare_pickapic --input data/shapes/feedback --output data/shapes/feedback-pairs
 
 Each pair is the best and the worst of ``--candidates`` pictures of one prompt. A pair's pictures depend on the seed and
-the pair's number alone. Parts are written whole or not at all; the same command again goes on with the missing ones.
+the pair's number alone. Parts are written completely or not at all; the same command again makes the missing ones.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def my_share(trainer: pl.Trainer, items: Sequence[T], batch_size: int, title: st
 
 
 def gathered(trainer: pl.Trainer, mine: list[T]) -> list[T]:
-    """All ranks' results in the order of the items that ``my_share`` dealt, on every rank. Call it on every rank."""
+    """All ranks' results in the order of the items that ``my_share`` assigned, on every rank. Call it on every rank."""
     if trainer.world_size == 1:
         return mine
     parts: list[list[T]] = [[] for _ in range(trainer.world_size)]

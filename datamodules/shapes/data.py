@@ -64,7 +64,7 @@ class _Epoch:
     """The batches of one rank, from the current position of the run to the end of its epoch.
 
     A plain iterable: the data lies in memory, and Lightning leaves its sampling alone. Each ``iter`` asks for the
-    position anew, so that a resumed run goes on where it stopped and a second ``iter`` does no harm.
+    position again, so that a resumed run continues where it stopped and a second ``iter`` does no harm.
     """
 
     def __init__(self, length: int, position: Callable[[], int], make: Callable[[int], PreferencePairs]) -> None:

@@ -103,7 +103,7 @@ class BadSamples:
         )
 
     def forget(self) -> None:
-        """Begin anew, as a run does that starts from nothing; other data sets' lines stay in the file.
+        """Begin again, as a run from scratch does; other data sets' lines stay in the file.
 
         Raises:
             DataError: the file cannot be written.

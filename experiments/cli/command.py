@@ -62,7 +62,7 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 class _Steady(io.FileIO):
-    """Where text goes on as long as somebody reads it: a run does not end because ``| head`` has, or a terminal."""
+    """Where text is taken as long as somebody reads it: a run does not end because ``| head`` has, or a terminal."""
 
     def write(self, text: Any) -> int:
         try:

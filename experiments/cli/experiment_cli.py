@@ -141,8 +141,8 @@ class ExperimentCLI(LightningCLI):
             type=str | None,
             default=None,
             help=(
-                "A checkpoint to go on from or to evaluate: a path; 'last', the run folder's newest whole one; 'auto' "
-                "(fit), the same if there is any; 'none' (validate, test, predict), the weights that the config names."
+                "A checkpoint to resume or evaluate: a path; 'last', the run folder's newest intact one; 'auto' "
+                "(fit), the same if there is any; 'none' (other jobs), the weights that the config names."
             ),
         )
 
@@ -151,7 +151,7 @@ class ExperimentCLI(LightningCLI):
         self.changes = self._changes(parser)
 
     def _changes(self, parser: LightningArgumentParser) -> list[Change]:
-        """How this start differs from the run's last, if it goes on with one or evaluates it.
+        """How this start differs from the run's last, if it resumes or evaluates one.
 
         Raises:
             ConfigError: in what makes another experiment of it, and without ``--allow_changes``.
@@ -249,7 +249,7 @@ class ExperimentCLI(LightningCLI):
     def _settle_step(self, trainer: pl.Trainer, data: CursorDataModule) -> None:
         """
         Raises:
-            ConfigError: the run that goes on took another number of pairs per step.
+            ConfigError: the resumed run took another number of pairs per step.
         """
         told, saved = settle_step(trainer, data), self.start.saved
         before = None if saved is None else saved.pairs_per_step
@@ -309,7 +309,7 @@ def _parsed(parser: LightningArgumentParser, args: Any) -> Any:
 def _check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
     """
     Raises:
-        ConfigError: one of them saves whole models, from which a run of trainable weights cannot go on; or two would
+        ConfigError: one of them saves whole models, from which a run of trainable weights cannot resume; or two would
             write the same files.
     """
     evaluations = Counter(type(callback).__name__ for callback in callbacks if isinstance(callback, PolicyEvaluation))

@@ -21,7 +21,7 @@ from experiments.cli.tree import short, within
 from lightning_modules.files import atomic_file
 
 _NAME = re.compile(r"config(?:-(\d{4,}))?\.yaml")
-# What a run may go on with otherwise: where and how fast it trains, how long, and what is watched, judged and kept.
+# What may differ when a run is resumed: where and how fast it trains, how long, and what is watched, judged and kept.
 MAY_CHANGE = (
     "trainer.accelerator", "trainer.benchmark", "trainer.callbacks", "trainer.check_val_every_n_epoch",
     "trainer.default_root_dir", "trainer.devices", "trainer.enable_autolog_hparams", "trainer.enable_checkpointing",

@@ -1,4 +1,4 @@
-"""What a command starts from: files and words, or what the run that it goes on with or evaluates has kept."""
+"""What a command starts from: files and words, or what the run that it resumes or evaluates has kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Start:
     Attributes:
         line: what the user typed.
         run_dir: where the run lives.
-        saved: the settings of the run that goes on or is evaluated; None for a new one.
+        saved: the settings of the run that is resumed or evaluated; None for a new one.
         tree: the settings, but for what ``words`` change; classes that they switch are in place already.
         words: what is left of the command line for the parser.
     """
@@ -44,7 +44,7 @@ class Start:
     def of(line: CommandLine) -> Start:
         """Find the run, and put its settings together.
 
-        A run that goes on or is evaluated has its own settings. Configs that are named again are laid over them, but
+        A run that is resumed or evaluated has its own settings. Configs that are named again are laid over them, but
         for what was given on the command line before, and then the words of this one.
 
         Raises:
@@ -119,7 +119,7 @@ def _run_of(checkpoint: str) -> list[Path]:
 
 
 def _saved(line: CommandLine, run_dir: Path, asked: str | None) -> SavedSettings | None:
-    """The settings of the run that goes on or is evaluated.
+    """The settings of the run that is resumed or evaluated.
 
     Raises:
         ConfigError: no config is named, and there are no settings that it could do without.

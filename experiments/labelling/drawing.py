@@ -31,7 +31,7 @@ SLUG = 40  # characters of the prompt in a file's name
 class DrawnPairs(PairSource):
     """Pair n is of prompt ``n % len(prompts)``; its pictures depend on the seed and n alone.
 
-    Pictures are PNG files named by number and prompt, each complete or absent, so that the same command again goes on.
+    Pictures are PNG files named by number and prompt, each complete or absent, so that the same command again resumes.
 
     Args:
         policy: draws.

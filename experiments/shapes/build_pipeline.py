@@ -1,6 +1,6 @@
 r"""Makes the embedded world's pipeline folder: with random weights to train from, or of trained parts to ship.
 
-Retraining it from nothing, about 40 minutes on 2 cores:
+Retraining it from scratch, about 40 minutes on 2 cores:
 
     python -m experiments.shapes.build_pipeline --output runs/shapes
     python -m experiments.run --config pretrain_shapes_vae

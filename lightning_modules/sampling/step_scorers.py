@@ -120,7 +120,7 @@ class RandomScorer(StepScorer):
 
 
 class ShuffledScorer(StepScorer):
-    """The stricter control: a real scorer's scores, dealt at random among each prompt's candidates.
+    """The stricter control: a real scorer's scores, shuffled among each prompt's candidates.
 
     Valid fraction, score gaps and timesteps are the real scorer's; what is lost is which candidate they belong to.
 

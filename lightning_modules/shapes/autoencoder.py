@@ -1,4 +1,4 @@
-"""Trains the autoencoder of a latent diffusion pipeline, so that an embedded world can be made from nothing."""
+"""Trains the autoencoder of a latent diffusion pipeline, so that an embedded world can be made from scratch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class AutoencoderModule(L.LightningModule):
         learning_rate: peak of AdamW's rate.
         warmup_steps: optimiser steps to the peak.
         kl_weight: see above.
-        freeze_encoder_after: optimiser steps after which the decoder alone goes on; None for never. The decoder is
+        freeze_encoder_after: optimizer steps after which the decoder alone trains; None for never. The decoder is
             the bottleneck, and without the encoder's backward a step is cheaper.
         seed: seed of the posterior's noise, which is keyed by sample.
 
