@@ -13,7 +13,7 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.rewards.clip import ClipPreprocessing, image_embeds
 from lightning_modules.weights.audit import mismatch
-from lightning_modules.weights.pretrained import DTYPES, Pretrained
+from lightning_modules.weights.pretrained import DTYPES, Pretrained, dtype_name
 from lightning_modules.weights.state_dicts import find_weights, read_state_dict
 
 
@@ -53,10 +53,21 @@ class AestheticPredictor(RewardModel):
                 "give sac+logos+ava1-l14-linearMSE.pth, and the CLIP model that it was trained on"
             )
         self.head.load_state_dict(weights)
+        self._weights, self._clip = head, pretrained
 
     def score(self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " n"]:
         scores: Tensor = self.head(image_embeds(self.model, self.preprocess(images)))
         return scores
+
+    def described(self) -> dict[str, Any]:
+        return {
+            **super().described(),
+            "weights": self._weights,
+            "clip": self._clip,
+            "scale": "rating of 1 to 10",
+            "preprocessing": self.preprocess.described(),
+            "dtype": dtype_name(self.model),
+        }
 
 
 class AestheticHead(nn.Module):

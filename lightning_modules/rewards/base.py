@@ -119,6 +119,14 @@ class RewardModel(FrozenScorer):
         """The score's named components, where it has any; reported beside it and never trained on."""
         return {}
 
+    def described(self) -> dict[str, Any]:
+        """What another would need to give the same scores, as plain values for protocols and results.
+
+        "name" and "class" always; where a reward has them "version", "weights" as the user named them, "scale",
+        "preprocessing" (see ``preprocessing``) and "dtype", the network's number type. A subclass adds its own.
+        """
+        return {"name": self.name, "class": f"{type(self).__module__}.{type(self).__qualname__}"}
+
 
 class StepRewardModel(FrozenScorer):
     """Scores x0-predictions against prompts, given the timestep they were predicted at; higher is better.

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from lightning_modules.prompt_lengths import CutPrompts
-from lightning_modules.rewards.preprocessing import eight_bit_levels, pillow_resize
+from lightning_modules.rewards.preprocessing import SHORT_SIDE, eight_bit_levels, pillow_resize
 from lightning_modules.weights.pretrained import Pretrained
 
 CUT_PROMPTS = CutPrompts("CLIP as a judge")
@@ -64,6 +64,10 @@ class ClipPreprocessing:
             image_mean=list(self.mean),
             image_std=list(self.std),
         )
+
+    def described(self) -> dict[str, Any]:
+        """As those of ``preprocessing`` describe themselves."""
+        return SHORT_SIDE | {"side": self.size, "crop": self.crop, "crop_offset": "floor"}
 
     def __call__(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 crop crop"]:
         """Pictures in [0, 1] to what the vision tower reads, fp32."""

@@ -35,6 +35,9 @@ class FunctionReward(RewardModel):
     def score(self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]) -> Any:
         return self._function(images, prompts)  # what comes is checked by the base
 
+    def described(self) -> dict[str, Any]:
+        return {**super().described(), "function": self.path}
+
 
 def as_reward_model(reward: Reward) -> RewardModel:
     """The reward model itself, or the one that a function makes.

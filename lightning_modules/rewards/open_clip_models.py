@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import open_clip
@@ -16,11 +16,11 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.rewards.preprocessing import Letterbox, ShortSide
 from lightning_modules.weights.audit import mismatch
-from lightning_modules.weights.pretrained import DTYPES
+from lightning_modules.weights.pretrained import DTYPES, dtype_name
 from lightning_modules.weights.state_dicts import find_weights, read_state_dict
 
 PreprocessingName = Literal["letterbox", "letterbox_without_antialias", "short_side"]
-PREPROCESSING: dict[str, Callable[[Tensor], Tensor]] = {
+PREPROCESSING: dict[str, Letterbox | ShortSide] = {
     "letterbox": Letterbox(),
     "letterbox_without_antialias": Letterbox(antialias=False),
     "short_side": ShortSide(),
@@ -62,11 +62,22 @@ class OpenClipReward(RewardModel):
         self.model.to(DTYPES[dtype])
         self.tokenizer: Any = open_clip.get_tokenizer(architecture)
         self.preprocess, self.preprocessing = PREPROCESSING[preprocessing], preprocessing
+        self._weights, self._architecture = pretrained, architecture
 
     def score(self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " n"]:
         pixels = self.preprocess(images).to(self.model.logit_scale.dtype)
         pictures = F.normalize(self.model.encode_image(pixels).float(), dim=-1)
         return (pictures * self.remembered(prompts, self._encode_text)).sum(dim=-1)
+
+    def described(self) -> dict[str, Any]:
+        return {
+            **super().described(),
+            "weights": self._weights,
+            "architecture": self._architecture,
+            "scale": "cosine",
+            "preprocessing": self.preprocess.described(),
+            "dtype": dtype_name(self.model),
+        }
 
     def _encode_text(self, prompt: str) -> Float[Tensor, " d"]:
         ids = self.tokenizer([prompt]).to(self.model.logit_scale.device)
@@ -109,7 +120,10 @@ class HPSv2(OpenClipReward):
     ) -> None:
         published = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}[version]
         super().__init__(pretrained or f"xswu/HPSv2/{published}", architecture, preprocessing, dtype)
-        self.name = f"hpsv{version}"
+        self.name, self._published = f"hpsv{version}", version
+
+    def described(self) -> dict[str, Any]:
+        return {**super().described(), "version": self._published}
 
 
 class CLIPScore(OpenClipReward):

@@ -11,7 +11,7 @@ from transformers import CLIPModel
 
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.rewards.clip import ClipPreprocessing, image_embeds, read_tokenizer, text_embeds, tokenize
-from lightning_modules.weights.pretrained import DTYPES, Pretrained
+from lightning_modules.weights.pretrained import DTYPES, Pretrained, dtype_name
 
 
 class PickScore(RewardModel):
@@ -39,6 +39,7 @@ class PickScore(RewardModel):
     ) -> None:
         super().__init__()
         self.scale = scale
+        self._weights, self._processor = pretrained, processor or pretrained
         source = Pretrained.find(pretrained)
         processor_source = source if processor is None else Pretrained.find(processor)
         self.model: Any = source.load_model(CLIPModel, DTYPES[dtype])
@@ -49,6 +50,16 @@ class PickScore(RewardModel):
         pictures = image_embeds(self.model, self.preprocess(images))
         cosine = (pictures * self.remembered(prompts, self._encode_text)).sum(dim=-1)
         return cosine * self.model.logit_scale.float().exp() if self.scale == "logit" else cosine
+
+    def described(self) -> dict[str, Any]:
+        return {
+            **super().described(),
+            "weights": self._weights,
+            "processor": self._processor,
+            "scale": self.scale,
+            "preprocessing": self.preprocess.described(),
+            "dtype": dtype_name(self.model),
+        }
 
     def _encode_text(self, prompt: str) -> Float[Tensor, " d"]:
         ids, mask = (tensor.to(self.model.logit_scale.device) for tensor in tokenize(self.tokenizer, [prompt]))

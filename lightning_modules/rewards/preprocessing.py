@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of [0, 1]
 SIDE = 224
+# What all that resize as Pillow does have in common, as they describe themselves.
+SHORT_SIDE = {"family": "short_side", "antialias": True, "rounded_to_8_bit": "first and after each pass"}
 _PRECISION = 22  # bits of Pillow's weights behind the point
 
 
@@ -79,6 +82,10 @@ class ShortSide:
 
     even_offset: bool = True
 
+    def described(self) -> dict[str, Any]:
+        """The family's name and what may differ within it, as plain values."""
+        return SHORT_SIDE | {"side": SIDE, "crop_offset": "half to even" if self.even_offset else "floor"}
+
     def __call__(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 224 224"]:
         height, width = images.shape[-2:]
         short = min(height, width)
@@ -99,6 +106,10 @@ class Letterbox:
     """
 
     antialias: bool = True
+
+    def described(self) -> dict[str, Any]:
+        """As ``ShortSide``'s."""
+        return {"family": "letterbox", "side": SIDE, "antialias": self.antialias, "rounded_to_8_bit": "first"}
 
     def __call__(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 224 224"]:
         height, width = images.shape[-2:]

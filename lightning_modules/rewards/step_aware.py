@@ -15,7 +15,7 @@ from lightning_modules.rewards.base import RewardModel, StepRewardModel
 from lightning_modules.rewards.clip import ClipPreprocessing, read_tokenizer, text_embeds, tokenize
 from lightning_modules.rewards.step_aware_files import load_clip, save_folder
 from lightning_modules.rewards.time_conditioning import time_conditioned_embeds
-from lightning_modules.weights.pretrained import DTYPES, Pretrained
+from lightning_modules.weights.pretrained import DTYPES, Pretrained, dtype_name
 
 
 class StepAwarePreferenceModel(StepRewardModel, RewardModel):
@@ -52,6 +52,7 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel):
         self.model: Any = load_clip(source, checkpoint).to(DTYPES[dtype])
         self.tokenizer: Any = processor_source.load(read_tokenizer, kind="tokenizer")
         self.processing = ClipPreprocessing.load(processor_source)
+        self._weights, self._processor = checkpoint or pretrained, processor or pretrained
 
     # Features
 
@@ -108,6 +109,23 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel):
             timesteps = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         texts = self.remembered(prompts, lambda text: self.encode_text([text])[0])
         return self.logit_scale * (self.encode_images(images, timesteps) * texts).sum(dim=-1)
+
+    def described(self) -> dict[str, Any]:
+        return {
+            **super().described(),
+            "weights": self._weights,
+            "processor": self._processor,
+            "scale": "logit",
+            "preprocessing": {
+                "family": "short_side",
+                "antialias": False,
+                "rounded_to_8_bit": "never",
+                "side": self.processing.size,
+                "crop": self.processing.crop,
+                "crop_offset": "floor",
+            },
+            "dtype": dtype_name(self.model),
+        }
 
     def save_pretrained(self, folder: Path, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -> None:
         """Write weights, configuration, tokenizer and image processor into one folder, whole or not at all.

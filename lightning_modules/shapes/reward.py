@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -83,6 +84,9 @@ class ShapesReward(RewardModel):
         images = images.float().clamp(0, 1)
         seen = measure(images)
         return {"correctness": _correctness(images, seen, scenes), "look": _look(images, seen, scenes)}
+
+    def described(self) -> dict[str, Any]:
+        return {**super().described(), "scale": "0 to 1"}
 
 
 def measure(images: Float[Tensor, "n 3 h w"]) -> Measurement:

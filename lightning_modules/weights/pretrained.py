@@ -24,6 +24,13 @@ T = TypeVar("T")
 # The number types' names in configurations, for whatever loads weights.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+
+def dtype_name(network: torch.nn.Module) -> str:
+    """The configurations' name of a network's number type, or torch's where they have none."""
+    dtype = next(network.parameters()).dtype
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+
+
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<subfolder>\w[\w./-]*))?")
 # One file of each group must be there: what every published component of that kind has.
 _COMPONENT_FILES = {
