@@ -10,10 +10,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
+from callbacks.evaluation.logged_pictures import log_picture
 from callbacks.evaluation.pictures import (
     PictureRequest,
     alignment,
@@ -43,7 +43,7 @@ class SampleGrid(PolicyEvaluation):
     """Draws a grid, one prompt a column, the policy above the reference, captions below.
 
     At the start, every ``every_n_steps`` optimizer steps, at the end, and in ``test``. Pictures go to
-    ``samples/step=*.png`` in the run folder and to TensorBoard as ``samples``.
+    ``samples/step=*.png`` in the run folder and, as ``samples``, to every logger that takes them (``log_picture``).
 
     Args:
         prompts: texts, or a prompt file.
@@ -94,14 +94,10 @@ class SampleGrid(PolicyEvaluation):
                 rows["reference"] = self._reference
         path = Path(trainer.default_root_dir) / "samples" / f"{'test_' if trainer.testing else ''}step={step:07d}.png"
         if trainer.is_global_zero:
-            grid = grid_picture(rows, self.texts)
+            grid = np.asarray(grid_picture(rows, self.texts))
             with atomic_file(path) as file:
-                file.write(png(np.asarray(grid)))
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-                elif isinstance(logger, WandbLogger):
-                    logger.log_image("samples", [grid], step)
+                file.write(png(grid))
+            log_picture(trainer, "samples", grid, step)
             log.info("samples in %s", path)
         return path
 

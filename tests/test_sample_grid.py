@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_world import PROMPTS, QUICK, make, pairs, trained_parameters, trainer
@@ -108,23 +108,3 @@ def test_predict_writes_a_picture_a_prompt(tmp_path, pipelines):
     assert '"a red circle"' in (folder / "pictures.json").read_text()
     with pytest.raises(ConfigError, match="--pictures.prompts=FILE"):
         trainer(tmp_path, SavePictures()).predict(module, DataLoader([0]))
-
-
-def test_other_loggers_get_the_grid_where_they_take_pictures(tmp_path, pipelines, monkeypatch):
-    class Board(CSVLogger):
-        """Stands in for WandbLogger, whose package is not installed here."""
-
-        images: list
-
-        def log_image(self, key, images, step):
-            self.images.append((key, images, step))
-
-    monkeypatch.setattr("callbacks.sample_grid.WandbLogger", Board)
-    logger = Board(tmp_path)
-    logger.images = []
-    trainer(tmp_path, grid(every_n_steps=2), logger=[logger, CSVLogger(tmp_path, "other")], max_steps=2).fit(
-        make(pipelines, LoRA(), AdapterOff()), pairs()
-    )
-    assert [(key, step) for key, _, step in logger.images] == [("samples", 0), ("samples", 2)]
-    (picture,) = logger.images[1][1]
-    assert np.array_equal(np.asarray(picture), read(tmp_path / "samples" / "step=0000002.png"))
