@@ -91,6 +91,18 @@ class AlignmentModule(TrainingModule):
         self._means["train"].add({"loss": output.loss.detach()} | output.metrics, len(batch))
         return output.loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.objective.observe(self._log_means("train", on_step=True))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if kept := self.objective.state_dict():
+            checkpoint["objective"] = kept
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.objective.load_state_dict(checkpoint.get("objective", {}))
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         output = self.compute_loss(batch, "val")
         self._means["val"].add({"loss": output.loss} | output.metrics, len(batch))

@@ -76,7 +76,7 @@ class TrainingModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._log_means("val", on_step=False)
 
-    def _log_means(self, stage: str, on_step: bool) -> None:
+    def _log_means(self, stage: str, on_step: bool) -> dict[str, Tensor]:
         means = self._means[stage].compute(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
         for name, value in means.items():
             shown = name in ("loss", "accuracy")
@@ -85,6 +85,7 @@ class TrainingModule(LightningModule):
             absent = {name for name in self._logged if name not in means}
             forget_step_metrics(self.trainer, {f"{stage}/{name}" for name in absent})
             self._logged |= set(means)
+        return means
 
     def _generators(self, batch: Any, *purpose: str) -> list[torch.Generator]:
         """One generator per sample of the batch, for draws of one purpose."""

@@ -103,6 +103,10 @@ KINDS = {
             "trainer.accumulate_grad_batches": 3,
             "model.init_args.policy.init_args.adaptation": {"class_path": "FullFineTuning"},
             "model.init_args.reference": {"class_path": "FrozenCopy"},
+            "model.init_args.objective": {
+                "class_path": "AutomaticBeta",
+                "init_args": {"objective": {"class_path": "DPO"}, "decay": 0.5},
+            },
             "model.init_args.ema": {"class_path": "ExponentialMovingAverage", "init_args": {"decay": 0.9}},
             "model.init_args.lr_scheduler": {
                 "class_path": "CosineWithWarmup",

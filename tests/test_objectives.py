@@ -7,50 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective_inputs import SCHEDULE, cond, constant, generators, loss_of, pairs
 
-from lightning_modules.batches import Conditioning, LatentPairs
+from lightning_modules.batches import LatentPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.objectives import DPO, IPO, SFT, Hinge
-from lightning_modules.objectives.pairwise import NoisedPairs, by_quarter
-from lightning_modules.randomness import generator
-from lightning_modules.schedules.discrete import NoiseSchedule
-
-SCHEDULE = NoiseSchedule.from_scheduler_config({"beta_schedule": "scaled_linear"})
-
-
-def pairs(b=3, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    chosen, rejected = torch.randn(2, b, 4, 2, 2, generator=g)
-    ids = torch.arange(12.0 * b).reshape(2, b, 6)
-    return LatentPairs(chosen, rejected, ("a",) * b, ids[0], ids[1], torch.arange(b))
-
-
-def cond(b=3):
-    return Conditioning(torch.arange(b * 2.0).reshape(b, 1, 2))
-
-
-def generators(b=3, seed=0):
-    return [generator(seed, i) for i in range(b)]
-
-
-def dpo_loss(objective, target, policy, reference, timesteps=None):
-    """``objective``'s loss on given network outputs; chosen rows first."""
-    n = target.shape[0]
-    timesteps = torch.zeros(n, dtype=torch.int64) if timesteps is None else timesteps
-    query = NoisedPairs(target, timesteps, Conditioning(torch.zeros(n, 1, 1)), target=target)
-    return objective.loss(pairs(n // 2), query, policy, reference, SCHEDULE)
-
-
-def constant(*values):
-    """Latents [n 1 1 1] of the given values, so that squared errors against 0 are squares of numbers."""
-    return torch.tensor(values).reshape(-1, 1, 1, 1)
+from lightning_modules.objectives.pairwise import by_quarter
 
 
 @pytest.mark.parametrize("beta", [5000, 2000])
 def test_dpo_is_the_official_loss(golden, beta):
     known = golden("dpo_loss")
     policy = known["model_pred"].clone().requires_grad_()
-    output = dpo_loss(DPO(beta=float(beta)), known["target"], policy, known["ref_pred"])
+    output = loss_of(DPO(beta=float(beta)), known["target"], policy, known["ref_pred"])
     torch.testing.assert_close(output.loss, known[f"beta{beta}_loss"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.loss.double(), known[f"beta{beta}_loss_fp64"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.metrics["accuracy"], known[f"beta{beta}_implicit_acc"])
@@ -66,7 +35,7 @@ def test_dpo_inside_term_is_the_official_one_pair_by_pair(golden, beta):
     known = golden("dpo_loss")
     for i in range(4):
         rows = [i, i + 4]
-        output = dpo_loss(
+        output = loss_of(
             DPO(beta=float(beta)), known["target"][rows], known["model_pred"][rows], known["ref_pred"][rows]
         )
         inside = known[f"beta{beta}_inside_term"][i]
@@ -75,7 +44,7 @@ def test_dpo_inside_term_is_the_official_one_pair_by_pair(golden, beta):
 
 def test_dpo_margin_by_hand():
     """Errors: policy 1, 4; reference 9, 1. D = (1 - 9) - (4 - 1) = -11, m = 11."""
-    output = dpo_loss(DPO(beta=0.1), constant(0.0, 0.0), constant(1.0, 2.0), constant(3.0, 1.0))
+    output = loss_of(DPO(beta=0.1), constant(0.0, 0.0), constant(1.0, 2.0), constant(3.0, 1.0))
     assert output.metrics["margin"].item() == 11
     assert output.metrics["chosen_error_delta"].item() == -8
     assert output.metrics["rejected_error_delta"].item() == 3
@@ -95,7 +64,7 @@ def test_dpo_margin_by_hand():
 )
 def test_losses_by_hand(objective, expected):
     """Errors: policy 1, 4; reference 4, 5. m = (4 - 5) - (1 - 4) = 2."""
-    output = dpo_loss(objective, constant(0.0, 0.0), constant(1.0, 2.0), constant(2.0, 5**0.5))
+    output = loss_of(objective, constant(0.0, 0.0), constant(1.0, 2.0), constant(2.0, 5**0.5))
     assert output.metrics["margin"].item() == pytest.approx(2, abs=1e-6)
     assert output.loss.item() == pytest.approx(expected, abs=1e-5)
     assert ("reward_margin" in output.metrics) == isinstance(objective, DPO)
@@ -105,12 +74,12 @@ def test_label_smoothing_by_hand():
     """m = 11 with beta 0.1 and s = 0.25: 3/4 of the loss plus 1/4 of the swapped loss."""
     inputs = (constant(0.0, 0.0), constant(1.0, 2.0), constant(3.0, 1.0))
     expected = 0.75 * math.log1p(math.exp(-0.55)) + 0.25 * math.log1p(math.exp(0.55))
-    assert dpo_loss(DPO(beta=0.1, label_smoothing=0.25), *inputs).loss.item() == pytest.approx(expected, abs=1e-6)
+    assert loss_of(DPO(beta=0.1, label_smoothing=0.25), *inputs).loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_policy_equal_to_reference_gives_ln_2_and_half_accuracy():
     output_of_both = torch.randn(6, 4, 2, 2)
-    output = dpo_loss(DPO(), torch.randn(6, 4, 2, 2), output_of_both, output_of_both)
+    output = loss_of(DPO(), torch.randn(6, 4, 2, 2), output_of_both, output_of_both)
     assert output.loss.item() == pytest.approx(math.log(2), abs=1e-7)
     assert output.metrics["margin"].item() == 0
     assert output.metrics["accuracy"].item() == 0.5
@@ -122,14 +91,14 @@ def test_swapping_chosen_and_rejected_negates_the_margin(seed, objective):
     g = torch.Generator().manual_seed(seed)
     target, policy, reference = torch.randn(3, 4, 4, 2, 2, generator=g)
     swap = torch.tensor([2, 3, 0, 1])
-    ahead = dpo_loss(objective, target, policy, reference)
-    behind = dpo_loss(objective, target[swap], policy[swap], reference[swap])
+    ahead = loss_of(objective, target, policy, reference)
+    behind = loss_of(objective, target[swap], policy[swap], reference[swap])
     assert behind.metrics["margin"].item() == -ahead.metrics["margin"].item()
     assert behind.metrics["accuracy"].item() == pytest.approx(1 - ahead.metrics["accuracy"].item())
 
 
 def test_dpo_stays_finite_where_log_of_sigmoid_would_not():
-    output = dpo_loss(DPO(beta=5000.0), constant(0.0, 0.0), constant(9.0, 0.0), constant(0.0, 0.0))
+    output = loss_of(DPO(beta=5000.0), constant(0.0, 0.0), constant(9.0, 0.0), constant(0.0, 0.0))
     assert output.loss.item() == pytest.approx(0.5 * 5000 * 81, rel=1e-6)
 
 
@@ -183,7 +152,7 @@ def test_metrics_by_quarter_speak_of_their_own_pairs_only():
     """m = 3 at t = 10 and m = -1 at t = 600; the other quarters are empty."""
     policy, reference = constant(1.0, 2.0, 2.0, 1.0), constant(0.0, 0.0, 0.0, 0.0)
     reference = constant(1.0, 1.0, 1.0, 1.0)
-    output = dpo_loss(DPO(), constant(0.0, 0.0, 0.0, 0.0), policy, reference, torch.tensor([10, 600, 10, 600]))
+    output = loss_of(DPO(), constant(0.0, 0.0, 0.0, 0.0), policy, reference, torch.tensor([10, 600, 10, 600]))
     assert output.metrics["margin/t0-249"].item() == 3
     assert output.metrics["accuracy/t0-249"].item() == 1
     assert output.metrics["margin/t500-749"].item() == -3

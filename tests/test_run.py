@@ -114,15 +114,20 @@ def test_packaged_configs_parse_and_say_what_they_cost(name, folder, capsys):
 
 
 @pytest.mark.parametrize(("below", "overlay"), [("dpo_sd15", "lora"), ("dpo_sdxl", "lora"), ("dpo_sdxl", "sft"),
-                                                ("dpo_sd15", "pickapic")])  # fmt: skip
+                                                ("dpo_sd15", "pickapic"), ("dpo_sd15", "dmpo"), ("dpo_sdxl", "dmpo"),
+                                                ("dpo_sd15", "dspo"), ("dpo_sdxl", "mapo"), ("dpo_sd15", "sdpo"),
+                                                ("dpo_sdxl", "sdpo"), ("dpo_tiny", "automatic_beta")])  # fmt: skip
 def test_overlays_compose(below, overlay, folder, capsys):
     with pytest.raises(SystemExit) as exit_:
         run.main(["--config", below, "--config", overlay, "--print_config"])
     assert exit_.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     expected = {"lora": ("reference", "lightning_modules.references.AdapterOff"),
-                "sft": ("objective", "lightning_modules.objectives.SFT")}  # fmt: skip
-    if overlay in expected:
+                "pickapic": None}  # fmt: skip
+    objectives = {"sft": "SFT", "dmpo": "DMPO", "dspo": "DSPO", "mapo": "MaPO", "sdpo": "Safeguard",
+                  "automatic_beta": "AutomaticBeta"}  # fmt: skip
+    expected |= {name: ("objective", f"lightning_modules.objectives.{kind}") for name, kind in objectives.items()}
+    if expected[overlay]:
         key, path = expected[overlay]
         assert printed["model"]["init_args"][key]["class_path"] == path
 

@@ -8,7 +8,7 @@ with three numbers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_modules.batches import Conditioning, DenoiserQuery
+from lightning_modules.errors import ConfigError
 from lightning_modules.schedules.base import Schedule
 
 
@@ -76,3 +77,25 @@ class Objective(ABC):
             reference_output: the reference's, without; None if ``needs_reference`` is False.
             schedule: the diffusion schedule.
         """
+
+    def observe(self, metrics: Mapping[str, Float[Tensor, ""]]) -> None:  # noqa: B027  # most follow nothing
+        """Hear, once an optimizer step and before it, what ``loss`` reported: means over the step's batches and ranks.
+
+        For an objective that follows its run. What it keeps is the same on all ranks and belongs into ``state_dict``.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: plain numbers by name, none by default."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what ``state_dict`` gave.
+
+        Raises:
+            ConfigError: another objective gave it.
+        """
+        if state:
+            raise ConfigError(
+                f"the checkpoint keeps {', '.join(sorted(state))} of its objective, and {type(self).__name__} keeps "
+                "nothing; resume with the objective that wrote it, or start a new run from the exported weights"
+            )
