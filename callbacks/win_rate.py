@@ -12,7 +12,7 @@ from callbacks.evaluation.kept import drop_later_entries
 from callbacks.evaluation.pictures import alignment, evaluation_mode, policy_step
 from callbacks.evaluation.protocol import Protocol
 from callbacks.evaluation.report import Report
-from callbacks.evaluation.scores import reference_scores, score_pictures
+from callbacks.evaluation.scores import per_prompt, reference_scores, score_pictures
 from callbacks.resume.due_evaluations import PolicyEvaluation
 from callbacks.resume.preemption import interruptible
 from datamodules.prompts import prompt_texts
@@ -97,7 +97,9 @@ class WinRate(PolicyEvaluation):
             policy = score_pictures(trainer, module, protocol, module.policy.predict_noise, "policy")
             reference = reference_scores(trainer, module, protocol)
         step = policy_step(trainer)
-        report = Report.of(split, step, policy, reference, protocol.described(module.policy))
+        pictures = protocol.images_per_prompt
+        against = None if reference is None else per_prompt(reference, pictures)
+        report = Report.of(split, step, per_prompt(policy, pictures), against, protocol.described(module.policy))
         if trainer.is_global_zero:
             report.append_to(Path(trainer.default_root_dir) / "win_rate.json")
             Console().print(report.table())

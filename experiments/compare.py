@@ -5,6 +5,7 @@
 
 Runs of one label are seeds of one method. Each run must have been judged by ``WinRate`` with the same prompts, sampler,
 noise and rewards (``python -m experiments.run test``), and counted its cost (``Cost``), where costs are to be shown.
+Prompts are averaged over the seeds first; methods are compared by their paired difference over prompts.
 Writes ``index.html`` (no other file needed to read it), ``curves-<reward>.png`` and ``results-<reward>.png``.
 """
 
@@ -18,8 +19,9 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.cli.command import run_command
-from experiments.comparison.page import CAPTION, render, tables
-from experiments.comparison.runs import Comparison, Run
+from experiments.comparison.methods import Comparison
+from experiments.comparison.page import CAPTION, notes, render, tables
+from experiments.comparison.runs import Run
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_file, resolved_path
 from lightning_modules.terminal import literal
@@ -40,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> Comparison:
     for table in tables(comparison):
         console.print(table.for_terminal())
     console.print(CAPTION, style="dim")
+    for note in notes(comparison):
+        console.print(literal(note), soft_wrap=True)
     for name, content in render(comparison).items():
         with atomic_file(options.output / name) as file:
             file.write(content)

@@ -20,9 +20,10 @@ PROTOCOL = {
 BASE = [0.5, 0.5, 0.5, 0.5]
 
 
-def scores(values: list[float]) -> dict[str, list[float]]:
-    """The reward and one part, half a point higher."""
-    return {"shapes": values, "shapes/correctness": [value + 0.5 for value in values]}
+def scores(values: list[float]) -> dict[str, list[list[float]]]:
+    """The reward and one part, half a point higher, of the pictures of two prompts."""
+    half, parts = len(values) // 2, [value + 0.5 for value in values]
+    return {"shapes": [values[:half], values[half:]], "shapes/correctness": [parts[:half], parts[half:]]}
 
 
 def cost(step: int, pairs: int = 4, sampling: int = 0, seconds: float = 1.0) -> dict[str, float]:
@@ -52,13 +53,24 @@ def write_run(
     protocol: dict[str, Any] | None = None,
     split: str = "test",
     config: str = "seed_everything: 0\n",
+    former: bool = False,
 ) -> Path:
-    """A finished run with one evaluation on ``split`` and two on validation prompts, by the real report's code."""
+    """A finished run with one evaluation on ``split`` and two on validation prompts, by the real report's code.
+
+    A ``former`` one as before the scores of every picture were kept.
+    """
     folder.mkdir(parents=True)
     reference = None if base is None else scores(base)
     how = PROTOCOL | (protocol or {})
     for name, at, found in (("val", step // 2, halfway or values), ("val", step, values), (split, step, values)):
         Report.of(name, at, scores(found), reference, how).append_to(folder / "win_rate.json")
+    if former:
+        entries = json.loads((folder / "win_rate.json").read_text())
+        for entry in entries:
+            del entry["scores"]
+            for mean in (*entry["policy"].values(), *entry["reference"].values()):
+                del mean["low"], mean["high"]
+        (folder / "win_rate.json").write_text(json.dumps(entries))
     if costs is not None:
         (folder / "cost.json").write_text(json.dumps(costs))
     (folder / "config.yaml").write_text(config)

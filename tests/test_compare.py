@@ -14,8 +14,9 @@ from PIL import Image
 from callbacks.evaluation.statistics import wilson_interval
 from experiments.compare import labelled, main
 from experiments.comparison.figures import amount
+from experiments.comparison.methods import Comparison
 from experiments.comparison.page import quality, tables
-from experiments.comparison.runs import Comparison, Run
+from experiments.comparison.runs import Run
 from lightning_modules.errors import ConfigError, DataError
 
 CONFIG = """
@@ -61,22 +62,41 @@ def read(folders):
 
 def test_seeds_of_a_method_by_hand(folders):
     dpo, _ = read(folders).methods
-    # Means 0.6 and 0.7. Squared deviations 0.01 + 0.01 + 0.04 + 0 = 0.06 and 0.04 + 0.04 + 0.01 + 0.01 = 0.1;
-    # divided by 3 (variance) and by 4 (of the mean): 0.005 and 0.1 / 12.
+    # Prompt by prompt 0.7 and 0.5 in seed 0, 0.7 and 0.7 in seed 1. Averaged over the seeds: 0.7 and 0.6, whose
+    # standard deviation 0.1 / sqrt(2) is divided by the root of 2 prompts.
     score = dpo.score("shapes")
     assert score.mean == pytest.approx(0.65)
-    assert score.standard_error == pytest.approx(math.sqrt((0.06 / 12 + 0.1 / 12) / 2))
+    assert score.standard_error == pytest.approx(0.05)
     assert score.spread == pytest.approx(0.1 / math.sqrt(2))
     assert dpo.score("shapes/correctness").mean == pytest.approx(1.15)
-    # Seed 0 wins three and loses one, seed 1 ties once and wins three: 6 + 1/2 of 8.
-    count = dpo.wins("shapes")
-    assert (count.n, count.wins, count.ties, count.losses, count.rate) == (8, 6, 1, 1, 6.5 / 8)
-    assert (count.low, count.high) == wilson_interval(6.5, 8)
+    # Seed 0 wins 2 of 2 and 1 of 2, seed 1 wins 1.5 of 2 and 2 of 2: 3.5 of 4 and 3 of 4, that is 0.875 and 0.75. Half
+    # of their difference squared is the variance of the rate, 0.0625^2; n = 0.8125 x 0.1875 / 0.0625^2 = 39; Student's
+    # quantile with 1 degree is 12.7062.
+    found = dpo.wins("shapes")
+    assert found.rate == pytest.approx(0.8125)
+    assert found.interval == pytest.approx(wilson_interval(0.8125, 39, 12.7062), abs=1e-5)
+    assert found.spread == pytest.approx(0.125 / math.sqrt(2))  # of 0.75 and 0.875
+
+
+def test_differences_by_hand(folders):
+    to_base, other, between = read(folders).differences("shapes")
+    # DPO's prompts 0.7 and 0.6 less 0.5: 0.2 and 0.1, mean 0.15, error 0.05.
+    assert (to_base.first, to_base.second, to_base.rate) == ("DPO", "base", None)
+    gain = to_base.scores["shapes"]
+    assert (gain.mean, gain.standard_error) == (pytest.approx(0.15), pytest.approx(0.05))
+    assert (gain.low, gain.high) == pytest.approx((0.15 - 12.7062 * 0.05, 0.15 + 12.7062 * 0.05), abs=1e-5)
+    assert (other.first, other.second) == ("SPO", "base")
+    assert other.scores["shapes/correctness"].mean == pytest.approx(0.4)
+    # SPO has 0.9 everywhere and wins all: 0.2 and 0.3 more, and 1 - 0.875 and 1 - 0.75.
+    assert (between.first, between.second) == ("SPO", "DPO")
+    assert between.scores["shapes"].mean == pytest.approx(0.25)
+    assert (between.rate.mean, between.rate.standard_error) == (pytest.approx(0.1875), pytest.approx(0.0625))
 
 
 def test_one_seed_has_no_spread(folders):
     _, spo = read(folders).methods
     assert spo.score("shapes").spread is None
+    assert spo.wins("shapes").spread is None
     assert spo.score("shapes").standard_error == pytest.approx(0, abs=1e-12)
 
 
@@ -95,11 +115,12 @@ def test_costs_by_hand(folders):
 
 def test_the_base_has_a_row_of_its_own(folders):
     grid = quality(read(folders), "shapes")
-    assert grid.header == ["method", "reward", "sd", "correctness", "win rate [95%]"]
-    assert grid.rows[0] == ["base", "0.500 ±0.000", "–", "1.000 ±0.000", "–"]  # noqa: RUF001
+    assert grid.header == ["method", "reward", "sd", "correctness", "win rate [95%]", "sd"]
+    assert grid.rows[0] == ["base", "0.500 ±0.000", "–", "1.000 ±0.000", "–", "–"]  # noqa: RUF001
     assert [row[0] for row in grid.rows] == ["base", "DPO (2 seeds)", "  seed 0", "  seed 1", "SPO"]
-    assert grid.rows[1][1:4] == ["0.650 ±0.082", "0.071", "1.150 ±0.082"]
+    assert grid.rows[1][1:4] == ["0.650 ±0.050", "0.071", "1.150 ±0.050"]
     assert grid.rows[1][4].startswith("81.2% [")
+    assert grid.rows[1][5] == "8.8"
     assert grid.rows[2][4].startswith("75.0% [")
 
 
@@ -128,7 +149,7 @@ def test_page_and_pictures(folders, capsys):
         with Image.open(output / f"{name}-shapes.png") as picture:
             assert picture.width > 800
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
-    for text in ("81.2% [", "0.650 ±0.082", "model.objective.beta"):
+    for text in ("81.2% [", "0.650 ±0.050", "model.objective.beta"):
         assert text in page
     printed = capsys.readouterr().out
     for text in ("DPO", "SPO", "base", "4.8k", "index.html"):
@@ -151,9 +172,36 @@ def test_validation_split_and_folder_names(folders, tmp_path):
 def test_without_reference_or_cost_the_rest_is_shown(folders):
     write_run(folders / "sft", [0.6, 0.6, 0.6, 0.6], base=None)
     comparison = main([*words(folders), f"SFT={folders / 'sft'}", "--output", str(folders / "out")])
-    *qualities, costs = tables(comparison)
-    assert qualities[0].rows[-1] == ["SFT", "0.600 ±0.000", "–", "1.100 ±0.000", "–"]  # noqa: RUF001
+    quality, differences, costs = tables(comparison)
+    assert quality.rows[-1] == ["SFT", "0.600 ±0.000", "–", "1.100 ±0.000", "–", "–"]  # noqa: RUF001
     assert costs.rows[-1] == ["SFT", "100", "–", "–", "–"]  # noqa: RUF001
+    # Its scores are compared with all others; a win rate against the base it has none.
+    assert [row[0] for row in differences.rows] == [
+        "DPO - base", "SPO - base", "SFT - base", "SPO - DPO", "SFT - DPO", "SFT - SPO"
+    ]  # fmt: skip
+    assert differences.rows[-1][1].startswith("-0.300 [")
+    assert differences.rows[-1][-1] == "–"  # noqa: RUF001
+
+
+def test_runs_of_before_pictures_scores_were_kept_are_shown_without_uncertainty(folders, capsys):
+    write_run(folders / "former", [0.6, 0.6, 0.4, 0.6], former=True)
+    comparison = main([*words(folders), f"DPO={folders / 'former'}", "--output", str(folders / "out")])
+    quality, differences, _ = tables(comparison)
+    assert quality.rows[1][0] == "DPO (3 seeds)"
+    assert quality.rows[1][1] == "0.617"  # the mean of 0.6, 0.7, 0.55
+    assert quality.rows[1][4] == "79.2%"  # of 75%, 87.5% and 75%
+    assert quality.rows[2][1] == "0.600 ±0.100"
+    assert quality.rows[4][1:] == ["0.550", "", "1.050", "75.0%", ""]
+    assert [row[0] for row in differences.rows] == ["SPO - base"]
+    line = f"DPO: {folders / 'former'} was judged before the scores of every picture were kept"
+    assert line in capsys.readouterr().out
+    assert line in (folders / "out" / "index.html").read_text()
+
+
+def test_former_runs_alone_have_no_differences(folders):
+    write_run(folders / "former", [0.6, 0.6, 0.4, 0.6], former=True)
+    comparison = main([str(folders / "former"), "--output", str(folders / "out")])
+    assert len(tables(comparison)) == 2
 
 
 @pytest.mark.parametrize(
@@ -161,14 +209,17 @@ def test_without_reference_or_cost_the_rest_is_shown(folders):
     [
         ({"protocol": {"prompts": "4567"}}, "judged differently on the test prompts: prompts is 0123 and 4567"),
         ({"protocol": {"sampler": {"steps": 30}}}, "judged differently on the test prompts: sampler is"),
-        ({"protocol": {"images_per_prompt": 4}}, "images_per_prompt is 2 and 4"),
+        (
+            {"protocol": {"images_per_prompt": 4}, "values": [0.6] * 8, "base": [0.5] * 8},
+            "images_per_prompt is 2 and 4",
+        ),
         ({"base": [0.9] * 4}, "start from different base models"),
         ({"split": "val"}, "has no evaluation on the test prompts; run `python -m experiments.run test`"),
     ],
     ids=["prompts", "sampler", "pictures", "base", "not-tested"],
 )
 def test_runs_that_cannot_be_compared_are_refused(folders, change, message):
-    write_run(folders / "other", [0.6] * 4, **change)
+    write_run(folders / "other", **{"values": [0.6] * 4, **change})
     with pytest.raises((ConfigError, DataError), match=re.escape(message)) as caught:
         main([*words(folders), str(folders / "other"), "--output", str(folders / "out")])
     assert "\n" not in str(caught.value)

@@ -1,19 +1,16 @@
-"""Win rates: the statistics by hand, and the callback on the real module at tiny size."""
+"""Win rates: the report, and the callback on the real module at tiny size."""
 
 import json
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from tiny_world import PROMPTS, QUICK, make, pairs, trained_parameters, trainer
 from torch.utils.data import DataLoader
 
 from callbacks.evaluation.kept import add_entry, drop_later_entries
 from callbacks.evaluation.report import Report
-from callbacks.evaluation.statistics import Mean, WinCount, wilson_interval
 from callbacks.win_rate import WinRate
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.objectives import SFT
@@ -53,50 +50,12 @@ def history(folder):
     return json.loads((folder / "win_rate.json").read_text())
 
 
-# Statistics
-
-
-def test_wilson_interval_by_hand():
-    # 8 of 10, z^2 = 3.8415: centre (0.8 + 0.19207) / 1.38415 = 0.71674,
-    # half width 1.95996 / 1.38415 sqrt(0.016 + 0.0096036) = 0.22658
-    assert wilson_interval(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
-    assert wilson_interval(0, 10)[0] == pytest.approx(0)
-    assert wilson_interval(10, 10)[1] == pytest.approx(1)
-
-
-@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, 2 * n), st.just(n))))
-def test_wilson_interval_holds_the_rate_and_mirrors_it(case):
-    halves, n = case
-    low, high = wilson_interval(halves / 2, n)
-    assert 0 <= low <= halves / 2 / n + 1e-12
-    assert halves / 2 / n - 1e-12 <= high <= 1
-    mirrored = wilson_interval(n - halves / 2, n)
-    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
-
-
-def test_ties_count_half():
-    count = WinCount.of([2.0, 1.0, 0.0, 5.0], [1.0, 1.0, 3.0, 4.0])
-    assert (count.n, count.wins, count.ties, count.losses, count.rate) == (4, 2, 1, 1, 0.625)
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1))
-def test_swapping_policy_and_reference_mirrors_the_count(scores):
-    policy, reference = [float(p) for p, _ in scores], [float(r) for _, r in scores]
-    one, other = WinCount.of(policy, reference), WinCount.of(reference, policy)
-    assert (one.wins, one.ties, one.losses) == (other.losses, other.ties, other.wins)
-    assert one.rate == pytest.approx(1 - other.rate)
-
-
-def test_mean_and_standard_error_by_hand():
-    # 1, 2, 3, 6: mean 3, squared deviations 4 + 1 + 0 + 9 = 14, variance 14 / 3, standard error sqrt(14 / 12)
-    found = Mean.of([1.0, 2.0, 3.0, 6.0])
-    assert (found.mean, found.standard_error) == (3.0, pytest.approx(math.sqrt(14 / 12)))
-    assert Mean.of([5.0]) == Mean(5.0, 0.0)
+# The report
 
 
 def test_report_names_its_metrics_and_fits_a_terminal():
-    scores = {"shapes": [0.5, 0.7], "shapes/correctness": [0.6, 0.8]}
-    report = Report.of("val", 100, scores, {"shapes": [0.4, 0.7], "shapes/correctness": [0.6, 0.8]})
+    scores = {"shapes": [[0.5], [0.7]], "shapes/correctness": [[0.6], [0.8]]}
+    report = Report.of("val", 100, scores, {"shapes": [[0.4], [0.7]], "shapes/correctness": [[0.6], [0.8]]})
     kinds = [f"{kind}/{column}" for kind in ("reward", "reference_reward") for column in scores]
     assert set(report.metrics()) == {
         *(f"val/win_rate/shapes{end}" for end in ("", "_low", "_high")),

@@ -71,6 +71,14 @@ def score_columns(rewards: Sequence[RewardModel], images: Float[Tensor, "n 3 H W
     return columns
 
 
+def per_prompt(scores: Scores, pictures: int) -> dict[str, list[list[float]]]:
+    """Scores in the order of ``Protocol.requests``, ``pictures`` of each prompt, as [prompt][picture]."""
+    return {
+        name: [values[start : start + pictures] for start in range(0, len(values), pictures)]
+        for name, values in scores.items()
+    }
+
+
 def reference_scores(trainer: pl.Trainer, module: AlignmentModule, protocol: Protocol) -> Scores | None:
     """The reference's scores; None without a reference. Read back where the same evaluation was made before.
 

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from callbacks.evaluation.statistics import WinCount
-from experiments.comparison.runs import Comparison, Run, wins
+from experiments.comparison.methods import Comparison
+from experiments.comparison.runs import Rate, Run
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -71,9 +71,10 @@ def curves(comparison: Comparison, reward: str) -> bytes:
 def results(comparison: Comparison, reward: str) -> bytes:
     """PNG: reward, its parts and the win rate of every method at the end; dots are seeds.
 
-    Whiskers: one standard error over pictures for rewards, Wilson's 95% interval for the win rate (against the base).
+    Whiskers, of every prompt averaged over the seeds: one standard error over prompts for rewards, the clustered Wilson
+    95% interval for the win rate (against the base); none where the scores of every picture are not known.
     """
-    columns = [reward, *comparison.parts(reward)]
+    columns = comparison.columns(reward)
     with plt.rc_context(STYLE):
         height = 1.5 + 0.42 * (len(comparison.methods) + 1)
         width = 2.9 * (len(columns) + 1) + 0.8
@@ -154,15 +155,17 @@ def _draw_scores(axes: Axes, comparison: Comparison, column: str) -> None:
     lows, highs = [], []
     if base is not None:
         axes.axvline(base.mean, color=BASE, linestyle="--", linewidth=1)
-        axes.errorbar(base.mean, 0, xerr=base.standard_error, color=BASE, marker="o", capsize=4)
-        lows, highs = [base.mean - base.standard_error], [base.mean + base.standard_error]
+        error = base.standard_error or 0.0
+        axes.errorbar(base.mean, 0, xerr=error, color=BASE, marker="o", capsize=4)
+        lows, highs = [base.mean - error], [base.mean + error]
     for row, method in enumerate(comparison.methods, start=1):
         score, colour = method.score(column), _colour(row)
         seeds = [run.result["policy"][column]["mean"] for run in method.runs]
         _dots(axes, seeds, row, colour)
-        axes.errorbar(score.mean, row, xerr=score.standard_error, color=colour, marker=_marker(row), capsize=4)
-        lows.append(min(score.mean - score.standard_error, *seeds))
-        highs.append(max(score.mean + score.standard_error, *seeds))
+        error = score.standard_error or 0.0
+        axes.errorbar(score.mean, row, xerr=error, color=colour, marker=_marker(row), capsize=4)
+        lows.append(min(score.mean - error, *seeds))
+        highs.append(max(score.mean + error, *seeds))
     room = 0.12 * (max(highs) - min(lows)) or 0.1
     axes.set_xlim(min(lows) - room, max(highs) + room)
 
@@ -172,20 +175,23 @@ def _draw_rates(axes: Axes, comparison: Comparison, reward: str) -> None:
     axes.axvline(50, color=BASE, linestyle="--", linewidth=1)
     low, high = 40.0, 60.0
     for row, method in enumerate(comparison.methods, start=1):
-        count = method.wins(reward)
-        if count is None:
+        rate = method.wins(reward)
+        if rate is None:
             continue
-        _whisker(axes, count, row)
-        of_seeds = [100 * one.rate for run in method.runs if (one := wins(run, reward))]
+        ends = _whisker(axes, rate, row)
+        of_seeds = [100 * one.rate for run in method.runs if (one := run.wins(reward))]
         _dots(axes, of_seeds, row, _colour(row))
-        low, high = min(low, 100 * count.low - 3, *of_seeds), max(high, 100 * count.high + 3, *of_seeds)
+        low, high = min(low, ends[0] - 3, *of_seeds), max(high, ends[1] + 3, *of_seeds)
     axes.set_xlim(max(low - 1, -1), min(high + 1, 101))  # no dot is cut at the edge
 
 
-def _whisker(axes: Axes, count: WinCount, row: int) -> None:
-    rate = 100 * count.rate
-    reach = [[rate - 100 * count.low], [100 * count.high - rate]]
+def _whisker(axes: Axes, found: Rate, row: int) -> tuple[float, float]:
+    """Draw a rate and its interval, in percent; returns the interval's ends, or the rate twice where it has none."""
+    rate = 100 * found.rate
+    low, high = (rate, rate) if found.interval is None else (100 * end for end in found.interval)
+    reach = [[max(0.0, rate - low)], [max(0.0, high - rate)]]  # rounding at 0 and 1
     axes.errorbar(rate, row, xerr=reach, color=_colour(row), marker=_marker(row), capsize=4)
+    return low, high
 
 
 def _dots(axes: Axes, values: Sequence[float], row: int, colour: str) -> None:

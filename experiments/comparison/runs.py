@@ -1,10 +1,9 @@
-"""Finished runs read side by side: the same prompts, the same noise, what they reached and what it cost."""
+"""One finished run: what it reached, on which prompts, and what it cost, as its callbacks left it."""
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from callbacks.evaluation.statistics import Mean, WinCount, wilson_interval
+from callbacks.evaluation.statistics import Mean, PerPicture, clustered_wilson, outcomes, over_runs, spread
 from experiments.cli.saved_settings import saved_files
-from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.errors import DataError
 
 Entry = Mapping[str, Any]  # one evaluation of win_rate.json, or one line of cost.json's history
 
@@ -28,6 +27,28 @@ COSTS = {
     "pictures": ("data_pictures", "drawn_pictures"),
     "CPU seconds": ("cpu_seconds",),
 }
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A win rate.
+
+    Attributes:
+        rate: ties count half.
+        interval: ``clustered_wilson``'s; None where the scores of every picture are not known.
+        spread: standard deviation of the runs' rates; None for a single run.
+    """
+
+    rate: float
+    interval: tuple[float, float] | None = None
+    spread: float | None = None
+
+    @staticmethod
+    def of(runs: Sequence[tuple[PerPicture, PerPicture]]) -> Rate:
+        """Of the scores of policy and reference in each run; every prompt is averaged over the runs first."""
+        found = [outcomes(policy, reference) for policy, reference in runs]
+        joined = over_runs(found)
+        return Rate(Mean.of(joined).mean, clustered_wilson(joined), spread([Mean.of(run).mean for run in found]))
 
 
 @dataclass(frozen=True)
@@ -67,10 +88,32 @@ class Run:
             raise DataError(f"{path} has no evaluation on the {split} prompts; {how} first")
         curve = tuple(entry for entry in evaluations if entry["split"] == "val")
         for entry in (*curve, judged[-1]):
-            if not entry.get("protocol"):
-                raise DataError(f"{path}: step {entry['step']} does not say how it was judged; evaluate the run again")
+            _require_results(path, entry)
         costs = _read_entries(folder / "cost.json")
         return Run(label, folder, judged[-1], curve, tuple(costs), _read_settings(folder))
+
+    def scores(self, whose: str, column: str) -> PerPicture | None:
+        """The result's scores, [prompt][picture], of the "policy" or the "reference".
+
+        None where there is no reference, and in histories of before such scores were kept.
+        """
+        found: PerPicture | None = self.result.get("scores", {}).get(whose, {}).get(column)
+        return found
+
+    def mean(self, whose: str, column: str) -> Mean | None:
+        """Of the "policy" or the "reference"; without the scores of every picture its uncertainty is not known."""
+        scores, kept = self.scores(whose, column), self.result[whose].get(column)
+        if scores is not None:
+            return Mean.of(scores)
+        return None if kept is None else Mean(kept["mean"], None)
+
+    def wins(self, column: str) -> Rate | None:
+        """Against the base; None without one."""
+        policy, reference = self.scores("policy", column), self.scores("reference", column)
+        if policy is not None and reference is not None:
+            return Rate.of([(policy, reference)])
+        kept = self.result["comparisons"].get(column)
+        return None if kept is None else Rate(kept["rate"])
 
     def cost(self, name: str, step: int | float) -> float | None:
         """A cost of ``COSTS`` up to a step, interpolated between those that were written; None if none were."""
@@ -81,154 +124,35 @@ class Run:
         return float(np.interp(step, steps, values))
 
 
-@dataclass(frozen=True)
-class Score:
-    """A mean over pictures and runs.
+def _require_results(path: Path, entry: Entry) -> None:
+    """Every number that a comparison reads from an entry of ``win_rate.json`` is there.
 
-    Attributes:
-        mean: over the runs, each a mean over its pictures.
-        standard_error: over pictures, of one run (root mean square over the runs). Runs share prompts and noise, so
-            that several of them don't make it smaller.
-        spread: standard deviation of the runs' means; None for a single run.
+    Raises:
+        DataError: one is not.
     """
-
-    mean: float
-    standard_error: float
-    spread: float | None
-
-
-@dataclass(frozen=True)
-class Method:
-    """The runs of one label: one method, several seeds."""
-
-    label: str
-    runs: tuple[Run, ...]
-
-    def score(self, column: str) -> Score:
-        parts = [Mean(**run.result["policy"][column]) for run in self.runs]
-        means = [part.mean for part in parts]
-        error = math.sqrt(statistics.fmean(part.standard_error**2 for part in parts))
-        return Score(statistics.fmean(means), error, statistics.stdev(means) if len(means) > 1 else None)
-
-    def wins(self, reward: str) -> WinCount | None:
-        """Against the base; counts added over the runs, Wilson's interval of the sum. None without a reference."""
-        counts = [wins(run, reward) for run in self.runs]
-        known = [count for count in counts if count is not None]
-        if len(known) < len(counts):
-            return None
-        n, won = sum(count.n for count in known), sum(count.wins for count in known)
-        ties, lost = sum(count.ties for count in known), sum(count.losses for count in known)
-        successes = won + ties / 2
-        return WinCount(n, won, ties, lost, successes / n, *wilson_interval(successes, n))
-
-    def cost(self, name: str) -> float | None:
-        """Mean over the runs, up to the step that was judged."""
-        costs = [run.cost(name, run.result["step"]) for run in self.runs]
-        known = [cost for cost in costs if cost is not None]
-        return statistics.fmean(known) if len(known) == len(costs) else None
-
-    @property
-    def steps(self) -> str:
-        return ", ".join(str(step) for step in sorted({run.result["step"] for run in self.runs}))
+    protocol = entry.get("protocol")
+    if not protocol:
+        raise DataError(f"{path}: step {entry['step']} does not say how it was judged; evaluate the run again")
+    try:
+        columns = list(entry["policy"])
+        shape = (protocol["number_of_prompts"], protocol["images_per_prompt"])
+        means = [entry[whose][column]["mean"] for whose in ("policy", "reference") for column in entry[whose]]
+        rates = [count["rate"] for count in entry["comparisons"].values()]
+        tables = [table for whose in entry.get("scores", {}).values() for table in whose.values()]
+        whole = all(len(table) == shape[0] and all(len(row) == shape[1] for row in table) for table in tables)
+        numbers = [*means, *rates, *(score for table in tables for row in table for score in row)]
+        known = all(set(entry["scores"][whose]) == set(entry[whose]) for whose in entry.get("scores", {}))
+        named = set(reward_names(protocol)) <= set(columns)
+        good = whole and known and named and all(math.isfinite(number) for number in numbers)
+    except (KeyError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise DataError(f"{path}: the results of step {entry['step']} are damaged; evaluate the run again")
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Methods judged alike."""
-
-    split: str
-    methods: tuple[Method, ...]
-
-    @staticmethod
-    def of(runs: Sequence[Run], split: str) -> Comparison:
-        """Group the runs by label, in the order in which labels come first.
-
-        Raises:
-            ConfigError: a run given twice, runs judged differently, or runs from different base models.
-        """
-        folders = [run.folder.resolve() for run in runs]
-        for folder in folders:
-            if folders.count(folder) > 1:
-                raise ConfigError(f"run folder {folder} is given twice; it would count as two seeds")
-        for run in runs[1:]:
-            _require_same_protocol(runs[0], run)
-        _require_same_base(runs)
-        labels = list(dict.fromkeys(run.label for run in runs))
-        methods = (Method(label, tuple(run for run in runs if run.label == label)) for label in labels)
-        return Comparison(split, tuple(methods))
-
-    @property
-    def runs(self) -> list[Run]:
-        return [run for method in self.methods for run in method.runs]
-
-    @property
-    def rewards(self) -> list[str]:
-        return list(self.protocol["rewards"])
-
-    @property
-    def protocol(self) -> Entry:
-        result: Entry = self.runs[0].result["protocol"]
-        return result
-
-    def parts(self, reward: str) -> list[str]:
-        """Columns of a reward's parts, such as ``shapes/correctness``."""
-        return [column for column in self.runs[0].result["policy"] if column.startswith(f"{reward}/")]
-
-    def base(self, column: str, split: str | None = None) -> Mean | None:
-        """The reference's mean, on the prompts compared or on another split; None if no run has a reference."""
-        entries = [run.result for run in self.runs]
-        if split is not None and split != self.split:
-            entries = [entry for run in self.runs for entry in run.curve]
-        return next((Mean(**entry["reference"][column]) for entry in entries if entry["reference"]), None)
-
-    @property
-    def costs(self) -> list[str]:
-        """The costs that every run has counted."""
-        return list(COSTS) if all(run.costs for run in self.runs) else []
-
-    def differing_settings(self) -> dict[str, list[str]]:
-        """Settings that are not the same in all runs -> each method's value, or values; "-" where it has none."""
-        names = dict.fromkeys(name for run in self.runs for name in run.settings)
-        table = {}
-        for name in names:
-            values = [[run.settings.get(name, "-") for run in method.runs] for method in self.methods]
-            if len({value for of_method in values for value in of_method}) > 1 and name not in _WHERE:
-                table[name] = [", ".join(dict.fromkeys(of_method)) for of_method in values]
-        return table
-
-
-# Where a run was kept, which says nothing about what it did.
-_WHERE = {"run_dir", "ckpt_path", "trainer.default_root_dir"}
-
-
-def wins(run: Run, reward: str) -> WinCount | None:
-    """One run's comparison against the base."""
-    comparisons = run.result["comparisons"]
-    return WinCount(**comparisons[reward]) if reward in comparisons else None
-
-
-def _require_same_protocol(first: Run, other: Run) -> None:
-    for one, two in ((first.result, other.result), *zip(first.curve[:1], other.curve[:1])):
-        for name in dict.fromkeys([*one["protocol"], *two["protocol"]]):
-            a, b = one["protocol"].get(name), two["protocol"].get(name)
-            if a != b:
-                raise ConfigError(
-                    f"{first.folder} and {other.folder} were judged differently on the {one['split']} prompts: "
-                    f"{name} is {a} and {b}; evaluate both with the same WinRate settings"
-                )
-
-
-def _require_same_base(runs: Sequence[Run]) -> None:
-    """The same base model, from the same noise, gets the same scores up to rounding on another machine."""
-    known = [run for run in runs if run.result["reference"]]
-    for run in known[1:]:
-        for column, mean in run.result["reference"].items():
-            one = Mean(**known[0].result["reference"][column])
-            if abs(one.mean - mean["mean"]) > max(one.standard_error / 2, 1e-6):
-                raise ConfigError(
-                    f"{known[0].folder} and {run.folder} start from different base models, or their rewards differ: "
-                    f"the reference's {column} is {one.mean:.4f} and {mean['mean']:.4f}; compare runs of one base"
-                )
+def reward_names(protocol: Entry) -> list[str]:
+    """The judges of an evaluation."""
+    return list(protocol["rewards"])
 
 
 def _read_entries(path: Path, *parts: str) -> list[dict[str, Any]]:

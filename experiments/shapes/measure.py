@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from callbacks.evaluation.statistics import Mean
+from callbacks.evaluation.statistics import Mean, by_prompt
 from datamodules.shapes.drawing import as_unit, draw, draw_imperfect, prompt_splits, random_numbers
 from experiments.cli.command import run_command
 from lightning_modules.policies import FullFineTuning, StableDiffusion
@@ -61,13 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pretrained", default="embedded/shapes", help="the pipeline to measure (%(default)s)")
     policy = StableDiffusion(parser.parse_args(argv).pretrained, FullFineTuning()).eval()
     splits = {name: [p for p in prompt_splits()[name] for _ in range(PICTURES)] for name in ("validation", "test")}
-    table = Table("pictures", "reward", "correctness", "look", "n", title="mean (standard error)")
+    table = Table("pictures", "reward", "correctness", "look", "n", title="mean ± standard error over prompts")
 
     def measure(what: str, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]) -> float:
         scores = {"reward": ShapesReward().score(images, prompts), **ShapesReward().parts(images, prompts)}
-        means = {name: Mean.of(values.tolist()) for name, values in scores.items()}
-        cells = [f"{mean.mean:.3f} ({mean.standard_error:.3f})" for mean in means.values()]
-        table.add_row(what, *cells, str(len(images)))
+        means = {
+            name: Mean.of(list(by_prompt(zip(prompts, values.tolist())).values())) for name, values in scores.items()
+        }
+        table.add_row(what, *(mean.shown() for mean in means.values()), str(len(images)))
         return means["reward"].mean
 
     clean, captions = clean_drawings()
