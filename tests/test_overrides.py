@@ -27,6 +27,16 @@ def parsed(folder, capsys, *words, config):
     return yaml.safe_load(capsys.readouterr().out)
 
 
+def test_a_value_may_follow_its_key():
+    apart = ["--seed", "-1", "--allow_changes", "--trainer.logger", "CSVLogger", "--trainer.callbacks.WinRate", "null"]
+    joined = ["--seed=-1", "--allow_changes", "--trainer.logger=CSVLogger", "--trainer.callbacks.WinRate=null"]
+    assert CommandLine.split(apart) == CommandLine.split(joined)
+    assert CommandLine.split(["--allow_changes", "stray", "--last"]).overrides == ("--allow_changes", "stray", "--last")
+    placed = tree(*apart)["trainer"]["logger"]
+    assert placed["class_path"] == "CSVLogger"
+    assert placed["init_args"]["save_dir"] == "${run_dir}"
+
+
 # Callbacks
 
 

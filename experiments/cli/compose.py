@@ -30,6 +30,7 @@ from experiments.cli.tree import MISSING, find, merge, put, remove
 from lightning_modules.errors import ConfigError
 
 JOBS = ("fit", "validate", "test", "predict")
+FLAGS = ("--allow_changes", "--help", "--help_all")  # options that take no value
 PACKAGES = ("lightning_modules", "datamodules", "callbacks")
 
 
@@ -44,6 +45,8 @@ class CommandLine:
     @staticmethod
     def split(argv: Sequence[str]) -> CommandLine:
         """Take the optional first word and every ``--config NAME``, ``--config=NAME`` and ``-c NAME`` out of argv.
+
+        ``--key value`` is ``--key=value`` for everything that comes after.
 
         Raises:
             ConfigError: a first word that is no job, or ``--config`` without a name.
@@ -66,7 +69,8 @@ class CommandLine:
                 configs.append(word.removeprefix("--config="))
             else:
                 overrides.append(word)
-        return CommandLine(job, tuple(configs), tuple(with_present_paths(word, known_classes()) for word in overrides))
+        named = (with_present_paths(word, known_classes()) for word in _joined(overrides))
+        return CommandLine(job, tuple(configs), tuple(named))
 
     @property
     def run_name(self) -> str:
@@ -79,6 +83,15 @@ class CommandLine:
         for name in self.configs:
             tree = merge(tree, load(find_config(name)))
         return tree
+
+
+def _joined(words: Sequence[str]) -> Iterator[str]:
+    """Every ``--key value`` as ``--key=value``; what fits neither form is left for the parser to refuse."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        takes_next = word.startswith("--") and "=" not in word and word not in FLAGS
+        yield f"{word}={rest.pop(0)}" if takes_next and rest and not rest[0].startswith("--") else word
 
 
 def _no_job(word: str) -> str:
@@ -191,15 +204,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def settings(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """``(key, value)`` of every ``--key=value`` and ``--key value``."""
-    for i, word in enumerate(overrides):
+    """``(key, value)`` of every ``--key=value``."""
+    for word in overrides:
         key, sign, value = word.partition("=")
-        if not key.startswith("--"):
-            continue
-        if sign:
+        if key.startswith("--") and sign:
             yield key[2:], value
-        elif i + 1 < len(overrides) and not overrides[i + 1].startswith("--"):
-            yield key[2:], overrides[i + 1]
 
 
 @cache

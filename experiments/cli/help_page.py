@@ -68,10 +68,9 @@ def asks_help(words: Sequence[str]) -> bool:
 def with_named_classes(tree: Mapping[str, Any], words: Sequence[str]) -> tuple[str, ...]:
     """``--model.objective.help`` with the class that the settings name there, since the parser wants to be told."""
     named: list[str] = []
-    for number, word in enumerate(words):
-        following = words[number + 1] if number + 1 < len(words) else "--"
+    for word in words:
         path = class_of(find(tree, word.removeprefix("--").removesuffix(".help")))
-        if word.endswith(".help") and following.startswith("-") and path is not None:
+        if word.endswith(".help") and path is not None:
             word = f"{'--trainer.callbacks.help' if word.startswith('--trainer.callbacks.') else word}={path}"
         named.append(word)
     return tuple(named)

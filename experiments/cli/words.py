@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -40,34 +40,22 @@ def with_structures(tree: dict[str, Any], words: Sequence[str]) -> tuple[str, ..
     Raises:
         ConfigError: ``null`` below a class that the settings don't name.
     """
-    others: list[tuple[str, tuple[str, ...]]] = []
-    for key, value, typed in _pairs(words):
+    others: list[tuple[str, str]] = []
+    for word in words:
+        key, _, value = word.removeprefix("--").partition("=")
         given = _structure(tree, key, value)
         *way, _ = parts(key) or [""]
         if given is MISSING or not way or way[0] not in ("model", "data") or key.endswith((".help", "+")):
-            others.append((key, typed))
+            others.append((key, word))
             continue
         if not isinstance(find(tree, ".".join(way)), dict):
             if value.strip() in ("null", "~"):
                 raise ConfigError(f"{key}=null: the settings name no class for {'.'.join(way)}; name it first")
-            others.append((key, typed))
+            others.append((key, word))
             continue
         put(tree, key, merge(find(tree, key), given))
-        others = [(former, words) for former, words in others if not within(former, key)]  # given before, and replaced
-    return tuple(word for _, words in others for word in words)
-
-
-def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Key, value and the words themselves of every setting; other words have neither."""
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        key, sign, value = word.partition("=")
-        if key.startswith("--") and not sign and rest and not rest[0].startswith("--"):
-            value = rest.pop(0)
-            yield key[2:], value, (word, value)
-        else:
-            yield key.removeprefix("--"), value, (word,)
+        others = [(former, word) for former, word in others if not within(former, key)]  # given before, and replaced
+    return tuple(word for _, word in others)
 
 
 def _structure(tree: dict[str, Any], key: str, text: str) -> Any:
@@ -93,15 +81,12 @@ def with_callbacks(tree: dict[str, Any], overrides: Sequence[str]) -> tuple[str,
         ConfigError: a callback that the settings don't name, or a setting of one that is not named.
     """
     others: list[str] = []
-    rest = iter(overrides)
-    for word in rest:
-        key, sign, value = word.partition("=")
-        if not key.startswith(f"--{LIST}") or key.endswith(".help"):
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key.startswith(f"--{LIST}") and not key.endswith(".help"):
+            _carry_out(tree, key.removeprefix("--"), value)
+        else:
             others.append(word)
-            continue
-        if not sign:
-            value = next(rest, "")
-        _carry_out(tree, key.removeprefix("--"), value)
     return tuple(others)
 
 
