@@ -35,15 +35,17 @@ class CutPrompts:
             mask: 1 where there is a token and no padding.
         """
         for prompt, row in zip(prompts, mask.bool()):
-            if not row.all() or hash(prompt) in self._seen:
-                continue
-            length = len(tokenizer(prompt, verbose=False).input_ids)
-            if length <= len(row):
-                continue
-            self._seen.add(hash(prompt))
-            if str(self.count).strip("0") == "1":
-                cut = "prompt so far is" if self.count == 1 else "prompts so far are"
-                rank_zero_info(
-                    f"{self.count} {cut} longer than the {len(row)} tokens that {self.reader} reads, and cut there "
-                    f"(the latest has {length} tokens: {prompt[:60]!r}...)"
-                )
+            if row.all() and hash(prompt) not in self._seen:
+                self.note(prompt, len(tokenizer(prompt, verbose=False).input_ids), len(row))
+
+    def note(self, prompt: str, length: int, limit: int) -> None:
+        """Count a prompt of ``length`` tokens, of which ``limit`` are read, if it is cut and was not counted yet."""
+        if length <= limit or hash(prompt) in self._seen:
+            return
+        self._seen.add(hash(prompt))
+        if str(self.count).strip("0") == "1":
+            cut = "prompt so far is" if self.count == 1 else "prompts so far are"
+            rank_zero_info(
+                f"{self.count} {cut} longer than the {limit} tokens that {self.reader} reads, and cut there "
+                f"(the latest has {length} tokens: {prompt[:60]!r}...)"
+            )

@@ -5,7 +5,8 @@ import torch
 from reward_pictures import FOLDER, PROMPTS, pictures, scored
 
 from lightning_modules.errors import ConfigError
-from lightning_modules.rewards.aesthetic import AestheticHead, AestheticPredictor
+from lightning_modules.rewards.aesthetic import AestheticPredictor
+from lightning_modules.rewards.linear_head import LinearHead
 
 HEAD = str(FOLDER / "sac+logos+ava1-l14-linearMSE.pth")
 CLIP = str(FOLDER / "tiny-clip")
@@ -33,7 +34,7 @@ def test_no_prompt_changes_a_score(reward):
 
 def test_the_published_head_is_one_linear_map_of_unit_vectors(known):
     """Its weights collapsed to one vector and a number, and back into layers of which all but one do nothing."""
-    head = AestheticHead(768).requires_grad_(False).eval()
+    head = LinearHead(768).requires_grad_(False).eval()
     for layer in head.layers:
         if hasattr(layer, "weight"):
             torch.nn.init.zeros_(layer.weight)

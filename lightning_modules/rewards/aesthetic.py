@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPModel
 
 from lightning_modules.errors import ConfigError
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.rewards.clip import ClipPreprocessing, image_embeds
+from lightning_modules.rewards.linear_head import LinearHead
 from lightning_modules.weights.audit import mismatch
 from lightning_modules.weights.pretrained import DTYPES, Pretrained, dtype_name
 from lightning_modules.weights.state_dicts import find_weights, read_state_dict
@@ -43,7 +44,7 @@ class AestheticPredictor(RewardModel):
         source = Pretrained.find(pretrained)
         self.model: Any = source.load_model(CLIPModel, DTYPES[dtype])
         self.preprocess = ClipPreprocessing.load(source)
-        self.head = AestheticHead(self.model.visual_projection.out_features)
+        self.head = LinearHead(self.model.visual_projection.out_features)
         file = find_weights(head, "AestheticPredictor")
         weights = read_state_dict(file, "AestheticPredictor")
         difference = mismatch(self.head.state_dict(), weights)
@@ -68,21 +69,3 @@ class AestheticPredictor(RewardModel):
             "preprocessing": self.preprocess.described(),
             "dtype": dtype_name(self.model),
         }
-
-
-class AestheticHead(nn.Module):
-    """The published layers, named as in their file. Without an activation between them they are one linear map."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, 1024), nn.Dropout(0.2),
-            nn.Linear(1024, 128), nn.Dropout(0.2),
-            nn.Linear(128, 64), nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )  # fmt: skip
-
-    def forward(self, embeds: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        scores: Tensor = self.layers(embeds)
-        return scores[:, 0]

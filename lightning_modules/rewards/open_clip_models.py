@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_modules.errors import ConfigError
+from lightning_modules.prompt_lengths import CutPrompts
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.rewards.preprocessing import Letterbox, ShortSide
 from lightning_modules.weights.audit import mismatch
@@ -63,6 +64,7 @@ class OpenClipReward(RewardModel):
         self.tokenizer: Any = open_clip.get_tokenizer(architecture)
         self.preprocess, self.preprocessing = PREPROCESSING[preprocessing], preprocessing
         self._weights, self._architecture = pretrained, architecture
+        self._cut_prompts = CutPrompts(whose)
 
     def score(self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " n"]:
         pixels = self.preprocess(images).to(self.model.logit_scale.dtype)
@@ -80,8 +82,17 @@ class OpenClipReward(RewardModel):
         }
 
     def _encode_text(self, prompt: str) -> Float[Tensor, " d"]:
-        ids = self.tokenizer([prompt]).to(self.model.logit_scale.device)
+        ids = self.tokenizer([prompt])
+        self._cut_prompts.note(prompt, _length(self.tokenizer, prompt), ids.shape[1])
+        ids = ids.to(self.model.logit_scale.device)
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)[0]
+
+
+def _length(tokenizer: Any, prompt: str) -> int:
+    """How many tokens a prompt has for one of open_clip's tokenizers, before any are cut off."""
+    if hasattr(tokenizer, "encode"):
+        return len(tokenizer.encode(prompt)) + 2  # begin and end
+    return len(tokenizer.tokenizer(tokenizer.clean_fn(prompt), verbose=False).input_ids)
 
 
 def _untrained(architecture: str) -> Any:

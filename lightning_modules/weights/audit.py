@@ -7,6 +7,7 @@ import struct
 from collections.abc import Collection, Mapping
 from json import JSONDecodeError
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -24,6 +25,7 @@ UNREADABLE = (
     struct.error,
     pickle.UnpicklingError,
     SafetensorError,
+    StrictDataclassError,  # a configuration's entry of another type
 )
 # Of these, what a file with wrong bytes causes.
 DAMAGED = (EOFError, struct.error, pickle.UnpicklingError, SafetensorError, UnicodeDecodeError, JSONDecodeError)

@@ -34,7 +34,7 @@ def dtype_name(network: torch.nn.Module) -> str:
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<subfolder>\w[\w./-]*))?")
 # One file of each group must be there: what every published component of that kind has.
 _COMPONENT_FILES = {
-    "tokenizer": (("vocab.json", "tokenizer.json"),),
+    "tokenizer": (("vocab.json", "tokenizer.json", "vocab.txt"),),
     "scheduler": (("scheduler_config.json",),),
     "processor": (("preprocessor_config.json", "processor_config.json"),),
     "model": (("config.json",), ("*.safetensors", "*.bin")),
