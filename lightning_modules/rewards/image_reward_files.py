@@ -124,7 +124,6 @@ def _vision_config(weights: Mapping[str, Tensor], heads: int) -> BlipVisionConfi
         patch_size=patch.shape[-1],
         layer_norm_eps=1e-6,
         hidden_act="gelu",
-        attn_implementation="eager",
     )
 
 
@@ -136,7 +135,6 @@ def _text_config(name: str, vision_width: int) -> BlipTextConfig:
             **{size: said[size] for size in SIZES},
             encoder_hidden_size=vision_width,
             is_decoder=True,  # it has cross-attention
-            attn_implementation="eager",
         )
     except (*UNREADABLE, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
