@@ -444,6 +444,7 @@ def test_a_table_with_a_giant_field(tmp_path: Path) -> None:
     assert readable(lambda: load_prompts(tmp_path / "a.tsv")) is None
     assert readable(lambda: load_prompts(tmp_path)) is None
     (tmp_path / "folder.txt").mkdir()
+    assert readable(lambda: load_prompts(tmp_path)) is None
     assert readable(lambda: load_prompts(tmp_path / "folder.txt")) is None
 
 
