@@ -25,6 +25,7 @@ import experiments  # noqa: E402, F401  # hands in where packaged files are
 tqdm.monitor_interval = 0
 
 TESTS = Path(__file__).parent
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +53,20 @@ def golden():
 def pipelines():
     """The folder of the tiny random-weight pipelines: tiny-sd15, tiny-sdxl, tiny-pickscore, tiny-spm."""
     return TESTS / "pipelines"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium that keeps what it asked for and what it complained of; skips where there is none."""
+    if not (CHROMIUM.exists() and DRIVER.exists()):
+        pytest.skip(f"needs a browser: {CHROMIUM} and {DRIVER} (apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1366,768"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+    yield driver
+    driver.quit()

@@ -650,24 +650,6 @@ def test_a_signal_ends_it_and_the_next_start_has_a_token_where_others_can_reach_
 
 # ------------------------------------------------------------------------------------------ browser
 
-CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not (CHROMIUM.exists() and DRIVER.exists()):
-        pytest.skip(f"needs a browser: {CHROMIUM} and {DRIVER} (apt-get install chromium chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1366,768"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
-    yield driver
-    driver.quit()
-
 
 def press(browser, key):
     from selenium.webdriver import ActionChains
