@@ -66,7 +66,7 @@ class Unit:
 
 
 @contextmanager
-def _parquet(path: str | Path) -> Iterator[parquet.ParquetFile]:
+def open_parquet(path: str | Path) -> Iterator[parquet.ParquetFile]:
     """An open parquet file; whatever is wrong with its bytes is a ``DataError`` with its name."""
     try:
         # A buffer makes pyarrow stream a row group's columns instead of loading them whole.
@@ -86,7 +86,7 @@ def plan_units(files: Sequence[Path], shard_size: int, limit: int | None) -> lis
     units: list[Unit] = []
     row = shard = 0
     for path in files:
-        with _parquet(path) as file:
+        with open_parquet(path) as file:
             check_columns(path, file.schema_arrow, MEANING, REQUIRED)
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         for groups in _grouped(sizes, shard_size):
@@ -117,7 +117,7 @@ def _grouped(sizes: Sequence[int], at_least: int) -> Iterator[tuple[int, ...]]:
 def _rows(unit: Unit, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The unit's rows, with their position in the whole input, as far as it has the wanted columns."""
     number, end = unit.first_row, unit.first_row + unit.rows
-    with _parquet(unit.path) as file:
+    with open_parquet(unit.path) as file:
         columns = [name for name in wanted if name in file.schema_arrow.names]
         batches = file.iter_batches(READ_BATCH, list(unit.row_groups), columns, use_threads=False)
         for batch in batches:
