@@ -6,7 +6,8 @@
 Runs of one label are seeds of one method. Each run must have been judged by ``WinRate`` with the same prompts, sampler,
 noise and rewards (``python -m experiments.run test``), and counted its cost (``Cost``), where costs are to be shown.
 Prompts are averaged over the seeds first; methods are compared by their paired difference over prompts.
-Writes ``index.html`` (no other file needed to read it), ``curves-<reward>.png`` and ``results-<reward>.png``.
+Writes ``index.html`` (no other file needed to read it), ``tables.md``, ``curves-<reward>.png`` and
+``results-<reward>.png``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_file, resolved_path
 from lightning_modules.terminal import literal
 
-FILE_WIDTH = 110  # characters per line where the output is not a terminal
+FILE_WIDTH = 128  # characters per line where the output is not a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> Comparison:

@@ -136,7 +136,8 @@ def test_settings_that_differ(folders):
 def test_page_and_pictures(folders, capsys):
     output = folders / "out"
     main([*words(folders), "--output", str(output)])
-    assert sorted(path.name for path in output.iterdir()) == ["curves-shapes.png", "index.html", "results-shapes.png"]
+    names = ["curves-shapes.png", "index.html", "results-shapes.png", "tables.md"]
+    assert sorted(path.name for path in output.iterdir()) == names
     page = (output / "index.html").read_text()
     # Everything is inside: nothing is fetched when it is read.
     assert not re.search(r"https?://|<script|<link|url\(", page)
@@ -154,6 +155,17 @@ def test_page_and_pictures(folders, capsys):
     printed = capsys.readouterr().out
     for text in ("DPO", "SPO", "base", "4.8k", "index.html"):
         assert text in printed
+
+
+def test_tables_in_markdown(folders):
+    main([f"A|B={folders / 'dpo0'}", f"SPO={folders / 'spo'}", "--output", str(folders / "out")])
+    text = (folders / "out" / "tables.md").read_text()
+    lines = text.splitlines()
+    assert lines[0] == "**shapes: 2 test prompts x 2 pictures per seed**"
+    assert lines[2:4] == ["| method | reward | sd | correctness | win rate [95%] | sd |", "| --- " * 6 + "|"]
+    assert lines[5].startswith("| A\\|B | 0.600 ±0.100 |")
+    assert "| SPO - A\\|B | +0.300 [" in text
+    assert lines[-1].endswith("what other seeds would have learned is in sd alone.")
 
 
 def test_a_label_cannot_break_the_page(folders):
@@ -257,6 +269,40 @@ def test_a_history_of_something_else_is_one_line(folders, content):
     (folders / "spo" / "win_rate.json").write_text(content)
     with pytest.raises(DataError, match=r"win_rate.json(:| is| has)"):
         main([str(folders / "spo")])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: entry["policy"]["shapes"].clear(),
+        lambda entry: entry["policy"].update({"shapes": 3}),
+        lambda entry: entry["policy"].pop("shapes"),
+        lambda entry: entry["policy"]["shapes"].update({"mean": "0.5"}),
+        lambda entry: entry["policy"]["shapes"].update({"mean": math.nan}),
+        lambda entry: entry.update({"comparisons": {"shapes": {}}}),
+        lambda entry: entry.update({"comparisons": None}),
+        lambda entry: entry["protocol"].pop("number_of_prompts"),
+        lambda entry: entry["protocol"].pop("rewards"),
+        lambda entry: entry.update({"protocol": [1]}),
+        lambda entry: entry.update({"scores": 3}),
+        lambda entry: entry["scores"].pop("policy"),
+        lambda entry: entry["scores"]["policy"].pop("shapes"),
+        lambda entry: entry["scores"]["policy"]["shapes"].pop(),
+        lambda entry: entry["scores"]["policy"]["shapes"][0].pop(),
+        lambda entry: entry["scores"]["policy"]["shapes"].__setitem__(0, 3),
+        lambda entry: entry["scores"]["policy"]["shapes"].__setitem__(0, ["a", "b"]),
+        lambda entry: entry["scores"]["reference"]["shapes"][0].__setitem__(0, None),
+        lambda entry: entry["scores"]["reference"]["shapes"][0].__setitem__(0, math.inf),
+    ],
+)
+@pytest.mark.parametrize("number", [0, -1], ids=["curve", "result"])
+def test_results_that_are_damaged_are_one_line(folders, damage, number):
+    path = folders / "spo" / "win_rate.json"
+    entries = json.loads(path.read_text())
+    damage(entries[number])
+    path.write_text(json.dumps(entries))
+    with pytest.raises(DataError, match=r"the results of step \d+ are damaged; evaluate the run again"):
+        main([str(folders / "spo"), "--output", str(folders / "out")])
 
 
 def bomb(depth):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 
@@ -76,6 +77,13 @@ def test_the_average_of_several_rewards_win_rates_is_the_published_one():
 
 
 # By hand
+
+
+def test_the_example_of_the_page_counts_what_it_says(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    (example,) = re.findall(r"```python\n(from callbacks.evaluation.statistics .*?)```", page, re.DOTALL)
+    exec(example, {})
+    assert capsys.readouterr().out.strip() == example.rpartition("# ")[2].strip() == "0.75"
 
 
 def test_wilson_interval_by_hand():

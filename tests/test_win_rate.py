@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from callbacks.evaluation.kept import add_entry, drop_later_entries
 from callbacks.evaluation.report import Report
+from callbacks.evaluation.statistics import Mean, WinCount
 from callbacks.win_rate import WinRate
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.objectives import SFT
@@ -69,6 +70,20 @@ def test_report_names_its_metrics_and_fits_a_terminal():
     assert "…" not in text
 
 
+def test_one_prompt_has_no_error_and_every_rate():
+    report = Report.of("val", 1, {"shapes": [[0.5, 0.7]]}, {"shapes": [[0.4, 0.7]]})
+    assert set(report.metrics()) == {
+        *(f"val/win_rate/shapes{end}" for end in ("", "_low", "_high")),
+        "val/reward/shapes",
+        "val/reference_reward/shapes",
+    }
+    assert (report.metrics()["val/win_rate/shapes_low"], report.metrics()["val/win_rate/shapes_high"]) == (0.0, 1.0)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(report.table())
+    assert "75.0% [0.0, 100.0]" in capture.get()
+
+
 # Which pictures
 
 
@@ -108,6 +123,11 @@ def test_win_rate_of_a_reward_and_of_its_negative_add_up_to_one(tmp_path, pipeli
     (entry,) = history(tmp_path)
     bright, dark = entry["comparisons"]["brightness"], entry["comparisons"]["darkness"]
     assert bright["n"] == 6
+    # Every picture's score, prompt by prompt, of which all of it is counted.
+    scores = {whose: entry["scores"][whose]["brightness"] for whose in ("policy", "reference")}
+    assert [[len(prompt) for prompt in table] for table in scores.values()] == [[2, 2, 2]] * 2
+    assert WinCount(**bright) == WinCount.of(scores["policy"], scores["reference"])
+    assert Mean(**entry["policy"]["brightness"]) == Mean.of(scores["policy"])
     assert bright["rate"] + dark["rate"] == 1
     assert entry["policy"]["brightness"]["mean"] == pytest.approx(-entry["policy"]["darkness"]["mean"])
 

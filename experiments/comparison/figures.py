@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from callbacks.evaluation.statistics import INTERVAL
 from experiments.comparison.methods import Comparison
 from experiments.comparison.runs import Rate, Run
 
@@ -89,7 +90,8 @@ def results(comparison: Comparison, reward: str) -> bytes:
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="y", visible=False)
             axes.xaxis.set_major_locator(MaxNLocator(4))
-        figure.suptitle(f"{comparison.split} prompts, {_seeds(comparison)}", fontsize=11)
+        whiskers = f"whiskers: standard error over prompts; win rate: {INTERVAL}"
+        figure.suptitle(f"{comparison.split} prompts, {_seeds(comparison)}\n{whiskers}", fontsize=10)
         figure.tight_layout()
         return _png(figure)
 
@@ -210,7 +212,7 @@ def _marker(row: int) -> str:
 
 def _seeds(comparison: Comparison) -> str:
     counts = sorted({len(method.runs) for method in comparison.methods})
-    return "1 seed a method" if counts == [1] else f"{' or '.join(map(str, counts))} seeds a method"
+    return "1 seed per method" if counts == [1] else f"{' or '.join(map(str, counts))} seeds per method"
 
 
 def _legend_above(figure: Figure, axes: Axes, title: str) -> None:

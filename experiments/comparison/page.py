@@ -49,6 +49,11 @@ class ResultTable:
             table.add_row(*map(literal, row), style="dim" if row[0].startswith("  ") else None)
         return table
 
+    def for_markdown(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        cells = [[cell.strip().replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+        return f"**{self.title}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
 
 def tables(comparison: Comparison) -> list[ResultTable]:
     """Quality and differences of each reward, then the costs."""
@@ -124,7 +129,8 @@ def render(comparison: Comparison) -> dict[str, bytes]:
         pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
         settings=comparison.differing_settings(),
     )
-    return {**pictures, "index.html": page.encode()}
+    texts = [*(table.for_markdown() for table in tables(comparison)), CAPTION + "\n", *notes(comparison)]
+    return {**pictures, "tables.md": "\n".join(texts).encode(), "index.html": page.encode()}
 
 
 def _parts(columns: Sequence[str]) -> list[str]:
@@ -158,13 +164,13 @@ def _rate(rate: Rate | None) -> str:
 
 
 def _signed(mean: Mean | None, scale: int, digits: int) -> str:
-    """``+0.030 [+0.021, +0.040]``, in units of 1 / scale."""
+    """``+0.030 [0.021, 0.040]``, in units of 1 / scale."""
     if mean is None:
         return NONE
     shown = f"{scale * mean.mean:+.{digits}f}"
     if mean.low is None or mean.high is None:
         return shown
-    return f"{shown} [{scale * mean.low:+.{digits}f}, {scale * mean.high:+.{digits}f}]"
+    return f"{shown} [{scale * mean.low:.{digits}f}, {scale * mean.high:.{digits}f}]"
 
 
 def _cost(method: Method, name: str) -> str:

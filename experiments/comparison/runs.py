@@ -134,16 +134,17 @@ def _require_results(path: Path, entry: Entry) -> None:
     if not protocol:
         raise DataError(f"{path}: step {entry['step']} does not say how it was judged; evaluate the run again")
     try:
-        columns = list(entry["policy"])
-        shape = (protocol["number_of_prompts"], protocol["images_per_prompt"])
-        means = [entry[whose][column]["mean"] for whose in ("policy", "reference") for column in entry[whose]]
-        rates = [count["rate"] for count in entry["comparisons"].values()]
-        tables = [table for whose in entry.get("scores", {}).values() for table in whose.values()]
-        whole = all(len(table) == shape[0] and all(len(row) == shape[1] for row in table) for table in tables)
-        numbers = [*means, *rates, *(score for table in tables for row in table for score in row)]
-        known = all(set(entry["scores"][whose]) == set(entry[whose]) for whose in entry.get("scores", {}))
-        named = set(reward_names(protocol)) <= set(columns)
-        good = whole and known and named and all(math.isfinite(number) for number in numbers)
+        numbers = [found["mean"] for whose in ("policy", "reference") for found in entry[whose].values()]
+        numbers += [count["rate"] for count in entry["comparisons"].values()]
+        good = set(reward_names(protocol)) <= set(entry["policy"])
+        if "scores" in entry:
+            tables = [table for whose in ("policy", "reference") for table in entry["scores"][whose].values()]
+            sizes = [[len(pictures) for pictures in table] for table in tables]
+            numbers += [score for table in tables for pictures in table for score in pictures]
+            good &= all(set(entry["scores"][whose]) == set(entry[whose]) for whose in ("policy", "reference"))
+            good &= all(len(size) == protocol["number_of_prompts"] for size in sizes)
+            good &= all(number == protocol["images_per_prompt"] for size in sizes for number in size)
+        good &= all(map(math.isfinite, numbers))
     except (KeyError, TypeError, AttributeError):
         good = False
     if not good:
