@@ -26,7 +26,7 @@ from experiments.labelling.server import application
 from experiments.labelling.session import Session
 from experiments.labelling.supply import ListedPairs, PairSource, Stopped, Supply
 from experiments.labelling.unpacking import ParquetPairs
-from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.errors import ConfigError, DataError, UserError
 
 pytestmark = pytest.mark.label
 
@@ -442,7 +442,7 @@ def test_a_folder_of_another_job_is_refused(tmp_path, drawn):
 def test_drawing_stops_within_a_picture_and_refuses_numbers_that_are_not_finite(tmp_path, drawn, monkeypatch):
     source, stop = drawn(), threading.Event()
     monkeypatch.setattr(source._policy, "decode", lambda latents: latents.new_full((2, 3, 8, 8), float("nan")))
-    with pytest.raises(DataError, match="pair 0 .*not finite"):
+    with pytest.raises(UserError, match="pictures are not finite numbers"):
         source.pair(0, stop)
     stop.set()
     with pytest.raises(Stopped):
