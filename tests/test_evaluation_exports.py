@@ -124,7 +124,7 @@ def test_dpg_bench_names_a_grid_of_four_as_the_file_of_its_prompt(tmp_path: Path
 
 
 def test_dpg_bench_takes_one_picture_as_it_is_and_gives_each_of_two_equal_files_a_prompt(tmp_path: Path) -> None:
-    texts = ["a", "b", "a"]
+    texts = ["a", " b ", "a"]  # outer spaces are part of a prompt, and not of what a file is found by
     root, _ = exported(tmp_path, "dpg", texts, 1, dpg_files(tmp_path, texts))
     assert [shown(root / f"COCOval{n}.png") for n in (7, 8, 9)] == [colour(0, p, 0) for p in (0, 1, 2)]
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments.evaluation.charts import Series, curves, histogram
+from experiments.evaluation.charts import BOTTOM, HEIGHT, TOP, Series, curves, histogram
 from experiments.evaluation.findings import methods
 from experiments.evaluation.gallery import PROMPTS as PER_KIND
 from experiments.evaluation.gallery import SIDE, chosen, embedded, gallery
 from experiments.evaluation.page import flat, render, title, write_page
-from experiments.evaluation.page_charts import styles
+from experiments.evaluation.page_charts import styles, sweeps
 from lightning_modules.errors import DataError
 
 PROTOCOL = {"name": "shapes", "sampler": {"steps": 20, "eta": 0.0}, "guidance": [5.0, 7.5],
@@ -29,7 +29,7 @@ def several():
     scores = [{"shapes": table, "shapes/look": table, "Pick": table[::-1]} for table in (BASE, DPO, SPO)]
     found = [
         one
-        for guidance in (5.0, 7.5)
+        for guidance in (5.0, 12.5)  # the greater one comes first by its letters
         for one in (
             drawn("base", scores[0], True, guidance),
             drawn("DPO", scores[1], False, guidance),
@@ -132,6 +132,8 @@ def test_points_of_a_curve_stand_where_the_axes_say():
     whiskers = [tuple(map(float, w)) for w in re.findall(r'whisker s0" d="M([\d.]+) ([\d.]+)L[\d.]+ ([\d.]+)"', chart)]
     expected = [(x(p), y(low), y(high)) for p, low, high in zip(one.positions, one.lows, one.highs)]
     assert np.allclose(whiskers, expected, atol=0.2)
+    assert min(height for _, *ends in whiskers for height in ends) >= TOP
+    assert max(height for _, *ends in whiskers for height in ends) <= HEIGHT - BOTTOM
 
 
 def test_outlines_of_a_histogram_have_the_shares_as_heights():
@@ -157,6 +159,26 @@ def test_charts_of_one_value_or_of_outliers_are_drawn(values):
     assert 'aria-label="&lt;t&gt;"' in chart
     assert len(chart) < 10_000
     assert "nan" not in str(curves([Series("a", "s0", values, values, values, values)], "t", "x"))
+
+
+def test_curves_go_from_the_smallest_guidance_to_the_greatest_and_rates_have_a_line_at_half():
+    methods = (("base", BASE, True), ("DPO", DPO, False))
+    found = evaluation(*(drawn(*one, guidance) for guidance in (7.5, 3.0) for one in methods))
+    (group,) = sweeps(found)
+    (_, means), (_, rates) = group.charts
+    for chart, styles_of_lines in ((means, ["base", "s0"]), (rates, ["s0"])):
+        lines = re.findall(r'class="line (\w+)" d="M([\d.]+) [\d.]+L([\d.]+)', chart)
+        assert [style for style, *_ in lines] == styles_of_lines
+        assert all(float(left) < float(right) for _, left, right in lines)
+    marks = re.findall(r'class="mark" d="M[\d.]+ ([\d.]+)L[\d.]+ ([\d.]+)', rates)
+    assert np.allclose(np.asarray(marks, float), scale(str(rates), "number")(50), atol=0.2)
+    assert len(marks) == 1
+    assert "mark" not in means
+
+
+def test_baselines_stand_at_the_left(tmp_path):
+    page = render(evaluation(drawn("DPO", DPO), drawn("base", BASE, True)), tmp_path)
+    assert re.findall(r'</span>(\w+) <span class="score">', page) == ["base", "DPO"] * 3
 
 
 def test_a_label_has_one_colour_at_all_guidances():
@@ -240,9 +262,9 @@ def test_a_click_on_a_column_sorts_by_it_and_a_second_one_turns_it(shown):
     heads = shown.find_elements("css selector", "table:first-of-type th")[:4]
     assert [head.text for head in heads] == ["policy", "guidance", "shapes", "Pick"]
     heads[1].find_element("css selector", "button").click()
-    assert column(shown, 1) == ["7.5"] * 3 + ["5"] * 3
+    assert column(shown, 1) == ["12.5"] * 3 + ["5"] * 3
     heads[1].find_element("css selector", "button").click()
-    assert column(shown, 1) == ["5"] * 3 + ["7.5"] * 3
+    assert column(shown, 1) == ["5"] * 3 + ["12.5"] * 3
     heads[0].find_element("css selector", "button").click()
     assert [name.split(" ")[0] for name in column(shown, 0)] == ["SPO"] * 2 + ["DPO"] * 2 + ["base"] * 2
     assert [head.get_attribute("aria-sort") for head in heads] == ["descending", None, None, None]

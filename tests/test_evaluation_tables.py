@@ -165,6 +165,7 @@ def test_labels_stay_text_in_markdown_and_on_a_terminal():
     assert "# t\\_1" in text
     assert "| a\\|b\\*\\<i\\>[x]\\(y)" in text
     assert {line.replace("\\|", "").count("|") for line in text.split("\n") if line.startswith("|")} == {6}
+    assert "\x1b" not in text
     assert CAPTION in text
     assert "new draw of prompts" in text
     console = Console(width=110, record=True, file=io.StringIO())
