@@ -82,7 +82,7 @@ def test_runs_of_a_label_are_averaged_per_prompt_first_with_their_spread_beside(
         ["base"],
         ["mine (2 runs)", "runs/a", "runs/b"],
     ]
-    assert cells(table, 0, 1)["sd"] == "0.47"
+    assert cells(table, 0, 1)["sd of runs"] == "0.47"
     assert cells(table, 0, 1)["sd of rates"] == "18%"
 
 

@@ -27,8 +27,9 @@ from lightning_modules.terminal import literal, printable
 CAPTION = (
     f"{INTERVAL}: how far the numbers may lie from those of other prompts of the same kind. ± is the standard error of "
     "the mean over prompts. Differences are paired: per prompt, policy minus baseline. Win rates compare pictures of "
-    "the same noise, ties half, with a Wilson interval whose trials are prompts. Several runs of a method are averaged "
-    "per prompt first, and the interval takes them as alike: read the standard deviation of the runs (sd) beside it."
+    "the same noise, ties half, with the clustered Wilson interval, which counts prompts and not pictures. Several "
+    "runs of a method are averaged per prompt first, and the interval takes them as alike: read the standard deviation "
+    "(sd) of the runs beside it."
 )
 PAGE_ALONE = ("sd of rates", "wins/ties/losses")  # columns for which a terminal has no room
 DUELS = (
@@ -109,8 +110,8 @@ def _quality(evaluation: Evaluation, column: str) -> Table:
     leads = [group[0] for group in found]
     places, steps = decimals([one.mean for one in leads]), decimals([one.difference for one in leads if one.difference])
     several = len({method.label for method in methods(evaluation) if method.baseline}) > 1
-    header = ["policy", "guidance", "mean", "sd", "against", "difference [95%]", "win rate [95%]", "sd of rates",
-              "wins/ties/losses"]  # fmt: skip
+    header = ["policy", "guidance", "mean", "sd of runs", "against", "difference [95%]", "win rate [95%]",
+              "sd of rates", "wins/ties/losses"]  # fmt: skip
     groups = [
         [
             [
