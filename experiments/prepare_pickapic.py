@@ -182,11 +182,11 @@ def _footer_hash(path: Path) -> str:
         return hashlib.blake2b(file.read(length), digest_size=16).hexdigest()
 
 
-def _job_hash(job: Mapping[str, Any]) -> str:
+def job_hash(job: Mapping[str, Any]) -> str:
     return hashlib.blake2b(repr(sorted(job.items())).encode(), digest_size=16).hexdigest()
 
 
-def _refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         named = ", ".join(
@@ -221,7 +221,7 @@ def output_folder(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
             except BlockingIOError as error:
                 raise ConfigError(f"another process is preparing {folder}; wait for it") from error
             if (units / "job.json").exists():
-                _refuse_other(folder, read_json(units / "job.json"), job)
+                refuse_other(folder, read_json(units / "job.json"), job)
             else:
                 write_json(units / "job.json", job)
             for place in (folder, units):  # of a run that was killed; the lock says that none is at work
@@ -247,7 +247,7 @@ def prepare(
     job = describe_job(files, settings)
     if (folder / MANIFEST).exists():
         manifest = Manifest.read(folder / MANIFEST)
-        _refuse_other(folder, manifest.settings, job)
+        refuse_other(folder, manifest.settings, job)
         return manifest
     with output_folder(folder, job):
         marked = find_duplicates(units, settings, progress)
@@ -284,7 +284,7 @@ def _merged(results: Sequence[UnitResult], job: Mapping[str, Any], settings: Set
     corrupt = [name for result in results for name in result.corrupt][:MAX_NAMED]
     shards = tuple(shard for result in results for shard in result.shards)
     kind = "pixels" if settings.latents is None else "latents"
-    return Manifest(kind, shards, counts, dict(job), _job_hash(job), tuple(corrupt), settings.latents)
+    return Manifest(kind, shards, counts, dict(job), job_hash(job), tuple(corrupt), settings.latents)
 
 
 # ---------------------------------------------------------------------------------------- command line

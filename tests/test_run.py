@@ -218,7 +218,7 @@ def test_only_a_data_module_that_knows_the_position_keeps_lightnings_samplers_aw
     ("words", "message"),
     [
         (["--config", "dpo_sd51"], "config 'dpo_sd51' is no file and no packaged config (did you mean 'dpo_sd15'?)"),
-        (["--config"], "--config wants a name; there are dpo_sd15.yaml, dpo_sd15_lora.yaml, dpo_sdxl.yaml"),
+        (["--config"], "--config wants a name; there are dpo_sd15.yaml, dpo_sd15_ai_feedback.yaml, dpo_sd15_lora.yaml"),
         ([], "--config NAME is missing; there are dpo_sd15.yaml"),
         (["train", "--config", "toy.yaml"], "job 'train' is unknown"),
         (["--config", "broken.yaml"], "config broken.yaml: cannot be read as YAML"),

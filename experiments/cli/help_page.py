@@ -8,7 +8,7 @@ from typing import Any
 from experiments.cli.compose import JOBS, find_config, overlays, packaged_configs
 from experiments.cli.tree import class_of, find
 
-WIDTH = 19  # of a config's name on the page
+WIDTH = 20  # of a config's name on the page
 _PAGE = """\
 usage: python -m experiments.run [{jobs}] --config NAME [--config NAME ...] [--KEY=VALUE ...]
        python -m experiments.run [{jobs}] --run_dir FOLDER [--resume last] [--KEY=VALUE ...]
