@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
+from callbacks.evaluation.kept import picture_file
 from callbacks.evaluation.pictures import (
     PictureRequest,
     alignment,
@@ -17,11 +18,11 @@ from callbacks.evaluation.pictures import (
     make_pictures,
     my_share,
     policy_step,
+    write_pictures,
 )
 from datamodules.prompts import prompt_texts
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_file, resolved_path
-from lightning_modules.sampling.eight_bit import eight_bit, png
 from lightning_modules.sampling.pictures import Sampler
 from lightning_modules.terminal import literal
 
@@ -72,11 +73,10 @@ class SavePictures(Callback):
             for batch in my_share(trainer, requests, self.batch_size, "pictures"):
                 denoise = module.policy.predict_noise
                 images = make_pictures(trainer, module, self.sampler, denoise, batch, self.image_size)
-                for request, pixels in zip(batch, eight_bit(images, [request.prompt for request in batch])):
-                    name = f"{request.key[2]:05d}_{request.key[3]:02d}.png"
-                    with atomic_file(folder / name) as file:
-                        file.write(png(pixels))
-                    mine.append({"file": name, "prompt": request.prompt})
+                prompts = [request.prompt for request in batch]
+                names = [picture_file(*map(int, request.key[2:])) for request in batch]
+                write_pictures(images, prompts, [folder / name for name in names])
+                mine += [{"file": name, "prompt": prompt} for name, prompt in zip(names, prompts)]
         entries = gathered(trainer, mine)
         if trainer.is_global_zero:
             with atomic_file(folder / "pictures.json") as file:

@@ -18,9 +18,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from jsonargparse import Namespace
 from rich.console import Console
 
+from callbacks.evaluation.pictures import PictureRequest, draw
+from callbacks.evaluation.scores import score_rows
 from datamodules.pools.fingerprint import fingerprint
 from datamodules.prompts import prompt_texts
 from datamodules.shards.json_files import read_json, write_json
@@ -29,7 +32,7 @@ from experiments.cli.compose import import_named
 from experiments.cli.configured_policy import load_policy
 from experiments.cli.experiment_cli import OneLineParser
 from experiments.preparation.pickapic_schema import SCHEMA, pair_row
-from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_file, clear_unfinished, resolved_path
 from lightning_modules.folder_lock import holds_nothing, locked_folder
 from lightning_modules.policies.base import DiffusionPolicy
@@ -38,7 +41,7 @@ from lightning_modules.randomness import derive_seed
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.rewards.function import Reward, as_reward_model
 from lightning_modules.sampling.eight_bit import eight_bit
-from lightning_modules.sampling.pictures import Sampler, initial_noise
+from lightning_modules.sampling.pictures import Sampler
 from lightning_modules.terminal import literal
 
 PART = 256  # pairs per parquet file
@@ -49,19 +52,18 @@ def draw_pairs(
 ) -> list[dict[str, object]]:
     """The rows of the pairs ``numbers``: best and worst of each prompt's candidates, in random order."""
     k = settings.candidates
-    keys = [(settings.seed, "feedback", number, i) for number in numbers for i in range(k)]
     texts = [prompts[number % len(prompts)] for number in numbers for _ in range(k)]
-    noise, generators = initial_noise(policy, keys)
-    images = settings.sampler.generate(policy, policy.predict_noise, texts, noise, generators)
+    keys = [(settings.seed, "feedback", number, i) for number in numbers for i in range(k)]
+    requests = [PictureRequest(text, key) for text, key in zip(texts, keys)]
+    images = draw(policy, settings.sampler, policy.predict_noise, requests)
     pictures = eight_bit(images, texts)
     pictures = pictures.reshape(-1, k, *pictures.shape[1:])
-    scores = reward.score(images, texts).reshape(-1, k).cpu()
+    found = score_rows([reward], images, texts, "the policy", "use another reward or policy", parts=False)
+    scores = torch.tensor([row[reward.name] for row in found]).reshape(-1, k)
     examples = Counter(prompts[number % len(prompts)] for number in range(settings.pairs))
     rows = []
     for number, candidates, values in zip(numbers, pictures, scores):
         caption = prompts[number % len(prompts)]
-        if not values.isfinite().all():
-            raise UserError(f"{reward.name} gave the scores {values.tolist()} to pictures of {caption!r}; want numbers")
         # Where all scores are equal both would be the first picture.
         chosen = [int(values.argmax()), int(values.argmin())] if values.max() > values.min() else [0, 1]
         if derive_seed(settings.seed, "feedback order", number) % 2:

@@ -21,14 +21,12 @@ import argparse
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -44,7 +42,7 @@ from datamodules.shards.samples import pixel_members
 from datamodules.shards.writer import write_shard
 from experiments.cli.command import run_command
 from experiments.cli.configured_policy import load_policy
-from experiments.cli.orphans import end_with
+from experiments.cli.workers import in_parallel
 from experiments.preparation.encoding import encoded, latents_key
 from experiments.preparation.inputs import find_inputs
 from experiments.preparation.pickapic_rows import (
@@ -56,7 +54,7 @@ from experiments.preparation.pickapic_rows import (
     plan_units,
     usable_pairs,
 )
-from lightning_modules.errors import ConfigError, DataError, UserError
+from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.files import atomic_file, clear_unfinished, resolved_path
 
 CAPTIONS = "captions.json"  # all captions once, a prompt file for pools and evaluations
@@ -133,35 +131,12 @@ def run_units(
             results[unit.number] = prepare_unit(unit, settings, folder, config)
             progress.advance(task, unit.rows)
     else:
-        for unit, result in _in_parallel(todo, settings, folder, config, workers):
+        work = partial(prepare_unit, settings=settings, folder=folder, config=config)
+        preload = ("datamodules.shards.writer", "pyarrow.parquet", "rich.progress")
+        for unit, result in in_parallel(work, todo, workers, preload, f"finished parts stay in {folder}"):
             results[unit.number] = result
             progress.advance(task, unit.rows)
     return [results[unit.number] for unit in units]
-
-
-def _in_parallel(
-    todo: Sequence[Unit], settings: Settings, folder: Path, config: str | None, workers: int
-) -> Iterator[tuple[Unit, UnitResult]]:
-    # Not forked from here: threads of torch and pyarrow don't survive it. The server imports once for all workers.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["datamodules.shards.writer", "pyarrow.parquet", "rich.progress"])
-    theirs, ours = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=end_with, initargs=(theirs,))
-    try:
-        jobs: dict[Future[UnitResult], Unit] = {
-            pool.submit(prepare_unit, unit, settings, folder, config): unit for unit in todo
-        }
-        for job in as_completed(jobs):
-            yield jobs[job], job.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a worker process was killed, perhaps for want of memory; finished parts stay in {folder}: "
-            "run the command again, with fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-        ours.close()
-        theirs.close()
 
 
 # ------------------------------------------------------------------------------------------------ job

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.evaluation.results import Drawn, Evaluation, picture_file
+from callbacks.evaluation.kept import picture_file
+from experiments.evaluation.results import Drawn, Evaluation
 from lightning_modules.errors import DataError
 
 

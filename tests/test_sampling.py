@@ -1,5 +1,8 @@
 """Our pictures are plain diffusers' pictures: of the base, and of what training exports."""
 
+import copy
+
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -12,6 +15,7 @@ from lightning_modules.policies.sdxl import StableDiffusionXL
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff
 from lightning_modules.sampling.pictures import Sampler, initial_noise
+from lightning_modules.sampling.schedulers import KNOWN, SchedulerSampler
 
 PROMPTS = ["a red cube", "two green triangles on a white background"]
 
@@ -100,3 +104,50 @@ def test_eta_draws_are_a_pictures_own(pipelines):
 def test_a_sampler_without_meaning_is_refused(bad):
     with pytest.raises(ConfigError, match="sampler wants"):
         Sampler(**bad)
+
+
+# diffusers' samplers
+
+
+@pytest.fixture(scope="module")
+def both(pipelines):
+    """The same tiny model as a policy and as a pipeline, whose scheduler's configuration is the file's."""
+    pipe = StableDiffusionPipeline.from_pretrained(pipelines / "tiny-sd15")
+    pipe.set_progress_bar_config(disable=True)
+    return StableDiffusion(str(pipelines / "tiny-sd15"), LoRA()).eval(), pipe, pipe.scheduler.config
+
+
+# numpy 2 tells diffusers 0.41 of what it does with its tables.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_scheduler_of_diffusers_draws_what_the_plain_pipeline_draws(both, name):
+    """Samplers that draw noise draw each picture's own from its generator, here and there."""
+    policy, pipe, config = both
+    sampler = SchedulerSampler(steps=4, guidance_scale=3.0, eta=0.5 if name == "DDIMScheduler" else 0.0, scheduler=name)
+    noise, images = ours(policy, sampler)
+    pipe.scheduler = getattr(diffusers, name).from_config(config, clip_sample=False)
+    _, generators = initial_noise(policy, [("test", i) for i in range(len(PROMPTS))])
+    theirs = pipe(
+        PROMPTS, negative_prompt=[""] * len(PROMPTS), latents=noise.clone(), num_inference_steps=4, guidance_scale=3.0,
+        eta=sampler.eta, generator=generators, output_type="pt",
+    ).images  # fmt: skip
+    torch.testing.assert_close(images, theirs, rtol=0, atol=5e-5)
+
+
+def test_ddim_of_diffusers_is_ours(both):
+    policy, *_ = both
+    own, named = Sampler(steps=5), SchedulerSampler(steps=5, scheduler="DDIMScheduler")
+    torch.testing.assert_close(ours(policy, named)[1], ours(policy, own)[1], rtol=0, atol=5e-5)
+
+
+def test_a_scheduler_that_is_not_known_has_no_eta_or_no_configuration_is_told(both):
+    with pytest.raises(ConfigError, match="scheduler 'FlowMatchEulerDiscreteScheduler' is not known; there are DDIM"):
+        SchedulerSampler(scheduler="FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(ConfigError, match="EulerDiscreteScheduler has no eta, got 1.0; set it to 0"):
+        SchedulerSampler(eta=1.0)
+    with pytest.raises(ConfigError, match="PNDMScheduler can't take 3 steps"):
+        ours(both[0], SchedulerSampler(steps=3, scheduler="PNDMScheduler"))
+    policy = copy.copy(both[0])
+    del policy.scheduler_config
+    with pytest.raises(ConfigError, match="StableDiffusion has no scheduler configuration of diffusers; use Sampler"):
+        ours(policy, SchedulerSampler())

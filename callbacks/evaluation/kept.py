@@ -1,4 +1,4 @@
-"""What evaluations keep in the run folder: their history, and the reference's scores."""
+"""What evaluations keep: their history, the reference's scores, and under which names pictures lie."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from typing import Any
 from lightning_modules.files import atomic_file, set_aside
 
 log = logging.getLogger(__name__)
+
+
+def picture_file(prompt: int, picture: int) -> str:
+    """Name of a picture's file by its prompt's number and its own among the prompt's pictures: ``00012_03.png``."""
+    return f"{prompt:05d}_{picture:02d}.png"
 
 
 def add_entry(path: Path, entry: Mapping[str, Any]) -> None:

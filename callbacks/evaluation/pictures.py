@@ -1,24 +1,30 @@
-"""What every callback that makes pictures shares: an evaluation_mode policy, spread work, gathered results."""
+"""How pictures are drawn, in a run and outside of one; and what callbacks that draw them share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
 from torch import Tensor
 
 from callbacks.clock import EVALUATION
 from callbacks.resume.preemption import preemption
 from lightning_modules.alignment import AlignmentModule
-from lightning_modules.errors import ConfigError
+from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.files import atomic_file
+from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.progress import Work
+from lightning_modules.sampling.eight_bit import eight_bit, png
 from lightning_modules.sampling.pictures import Denoise, Sampler, initial_noise
 from lightning_modules.weights.sharding import gathered_weights
 
@@ -31,6 +37,51 @@ class PictureRequest:
 
     prompt: str
     key: tuple[int | str, ...]
+
+
+def draw(
+    policy: DiffusionPolicy,
+    sampler: Sampler,
+    denoise: Denoise,
+    requests: Sequence[PictureRequest],
+    image_size: int | None = None,
+) -> Float[Tensor, "n 3 H W"]:
+    """One batch of pictures in [0, 1], by a policy that is in eval mode.
+
+    Args:
+        policy: encodes prompts and decodes latents.
+        sampler: how.
+        denoise: the policy's prediction, or that of what it is compared with.
+        requests: which pictures.
+        image_size: side in pixels; None takes the policy's own.
+    """
+    noise, generators = initial_noise(policy, [request.key for request in requests], image_size)
+    return sampler.generate(policy, denoise, [request.prompt for request in requests], noise, generators)
+
+
+def write_pictures(images: Float[Tensor, "n 3 H W"], prompts: Sequence[str], files: Sequence[Path]) -> None:
+    """Write each picture as PNG, complete or not at all; see ``eight_bit``."""
+    for pixels, file in zip(eight_bit(images, prompts), files, strict=True):
+        with atomic_file(file) as stream:
+            stream.write(png(pixels))
+
+
+def read_pictures(files: Sequence[Path]) -> Float[Tensor, "n 3 H W"]:
+    """What ``write_pictures`` wrote, in [0, 1]: exactly what a file holds, so that its scores can be made again.
+
+    Raises:
+        DataError: a file that is damaged, or of another size than the others.
+    """
+    pictures = []
+    for file in files:
+        try:
+            with Image.open(file) as opened:
+                pictures.append(torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"picture {file} is damaged ({error}); delete it, and it is drawn again") from error
+    if len({picture.shape for picture in pictures}) > 1:
+        raise DataError(f"pictures in {files[0].parent} have different sizes; delete them, and they are drawn again")
+    return torch.stack(pictures).float() / 255
 
 
 def alignment(module: pl.LightningModule, who: str) -> AlignmentModule:
@@ -78,10 +129,9 @@ def make_pictures(
     requests: Sequence[PictureRequest],
     image_size: int | None = None,
 ) -> Float[Tensor, "n 3 H W"]:
-    """One batch of pictures in [0, 1], in the run's precision. Call it within ``evaluation_mode``."""
-    noise, generators = initial_noise(module.policy, [request.key for request in requests], image_size)
+    """``draw`` with a run's policy, in the run's precision. Call it within ``evaluation_mode``."""
     with trainer.precision_plugin.forward_context():
-        return sampler.generate(module.policy, denoise, [request.prompt for request in requests], noise, generators)
+        return draw(module.policy, sampler, denoise, requests, image_size)
 
 
 def my_share(trainer: pl.Trainer, items: Sequence[T], batch_size: int, title: str) -> Iterator[Sequence[T]]:

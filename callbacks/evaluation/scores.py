@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from callbacks.evaluation.kept import read_kept
-from callbacks.evaluation.pictures import PictureRequest, gathered, make_pictures, my_share
+from callbacks.evaluation.pictures import gathered, make_pictures, my_share
 from callbacks.evaluation.protocol import Protocol
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.errors import UserError
@@ -44,29 +44,42 @@ def score_pictures(
     mine: list[dict[str, float]] = []
     for batch in my_share(trainer, protocol.requests(), protocol.batch_size, f"win rate ({whose})"):
         images = make_pictures(trainer, module, protocol.sampler, denoise, batch, protocol.image_size)
-        columns = score_columns(protocol.rewards, images, [request.prompt for request in batch])
-        mine += [_row(columns, i, request, whose) for i, request in enumerate(batch)]
+        prompts = [request.prompt for request in batch]
+        remedy = "the training has probably diverged: lower the learning rate"
+        mine += score_rows(protocol.rewards, images, prompts, f"the {whose}", remedy)
     rows = gathered(trainer, mine)
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _row(columns: Scores, i: int, request: PictureRequest, whose: str) -> dict[str, float]:
-    row = {name: values[i] for name, values in columns.items()}
-    bad = [name for name, value in row.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"reward {bad[0]} is {row[bad[0]]} for a picture of the {whose} ({request.prompt!r}); "
-            "the training has probably diverged: lower the learning rate"
-        )
-    return row
+def score_rows(
+    rewards: Sequence[RewardModel],
+    images: Float[Tensor, "n 3 H W"],
+    prompts: Sequence[str],
+    whose: str,
+    remedy: str,
+    parts: bool = True,
+) -> list[dict[str, float]]:
+    """``score_columns``, picture by picture.
+
+    Raises:
+        UserError: a score that is not finite; ``whose`` says who drew the picture, ``remedy`` what may help.
+    """
+    columns = score_columns(rewards, images, prompts, parts)
+    for name, values in columns.items():
+        for value, prompt in zip(values, prompts, strict=True):
+            if not math.isfinite(value):
+                raise UserError(f"reward {name} is {value} for a picture of {whose} ({prompt!r}); {remedy}")
+    return [{name: values[i] for name, values in columns.items()} for i in range(len(prompts))]
 
 
-def score_columns(rewards: Sequence[RewardModel], images: Float[Tensor, "n 3 H W"], prompts: Sequence[str]) -> Scores:
-    """Every reward's scores, and its parts', of n pictures in [0, 1]."""
+def score_columns(
+    rewards: Sequence[RewardModel], images: Float[Tensor, "n 3 H W"], prompts: Sequence[str], parts: bool = True
+) -> Scores:
+    """Every reward's scores, and its parts' where they are wanted, of n pictures in [0, 1]."""
     columns: Scores = {}
     for reward in rewards:
         columns[reward.name] = reward.score(images, prompts).tolist()
-        for part, values in reward.parts(images, prompts).items():
+        for part, values in reward.parts(images, prompts).items() if parts else ():
             columns[f"{reward.name}/{part}"] = values.tolist()
     return columns
 

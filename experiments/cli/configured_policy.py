@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lightning_modules.errors import ConfigError
 
@@ -22,6 +23,46 @@ def device_of_this_process() -> str:
     return f"cuda:{(identity[0] - 1) % torch.cuda.device_count() if identity else 0}"
 
 
+def policy_settings(path: Path) -> dict[str, Any]:
+    """The policy's class and arguments in an experiment's YAML, or in what a run has kept of one.
+
+    Raises:
+        ConfigError: it describes no policy.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from experiments.cli.compose import load
+
+    settings = OmegaConf.create(load(path))
+    places = ("model.init_args.policy", "model.policy")
+    try:
+        nodes = [OmegaConf.select(settings, place) for place in places]
+        found = [OmegaConf.to_container(node, resolve=True) for node in nodes if node is not None]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config {path}: {' '.join(str(error).split())}") from error
+    if not found or not isinstance(found[0], dict):
+        raise ConfigError(f"config {path} describes no policy (looked at {' and '.join(places)})")
+    return {str(key): value for key, value in found[0].items()}
+
+
+def build_policy(settings: dict[str, Any]) -> DiffusionPolicy:
+    """The policy of these settings, on this process's device.
+
+    Raises:
+        ConfigError: settings that it doesn't have; missing weights.
+    """
+    from experiments.cli.compose import import_named
+    from experiments.cli.experiment_cli import OneLineParser
+    from lightning_modules.policies.base import DiffusionPolicy
+
+    import_named({"policy": settings}, [])
+    parser = OneLineParser(add_help=False)
+    parser.add_argument("--policy", type=DiffusionPolicy, required=True)
+    policy: DiffusionPolicy = parser.instantiate(parser.parse_object({"policy": settings})).policy
+    return policy.eval().to(device_of_this_process())
+
+
 @lru_cache(maxsize=1)
 def load_policy(config: str) -> DiffusionPolicy:
     """The policy that an experiment's YAML describes, on this process's device.
@@ -29,26 +70,6 @@ def load_policy(config: str) -> DiffusionPolicy:
     Raises:
         ConfigError: no such config, or it describes no policy; missing weights.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from experiments.cli.compose import find_config
 
-    from experiments.cli.compose import find_config, import_named, load
-    from experiments.cli.experiment_cli import OneLineParser
-    from lightning_modules.policies.base import DiffusionPolicy
-
-    path = find_config(config)
-    tree = load(path)
-    import_named(tree, [])
-    settings = OmegaConf.create(tree)
-    places = ("model.init_args.policy", "model.policy")
-    try:
-        nodes = [OmegaConf.select(settings, place) for place in places]
-        found = [OmegaConf.to_container(node, resolve=True) for node in nodes if node is not None]
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"config {path}: {' '.join(str(error).split())}") from error
-    if not found:
-        raise ConfigError(f"config {path} describes no policy (looked at {' and '.join(places)})")
-    parser = OneLineParser(add_help=False)
-    parser.add_subclass_arguments(DiffusionPolicy, "policy")
-    policy: DiffusionPolicy = parser.instantiate(parser.parse_object({"policy": found[0]})).policy
-    return policy.eval().to(device_of_this_process())
+    return build_policy(policy_settings(find_config(config)))

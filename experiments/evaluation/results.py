@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from callbacks.evaluation.kept import picture_file
 from datamodules.shards.json_files import read_json, write_json
 from lightning_modules.errors import DataError
 
@@ -76,11 +77,6 @@ class Evaluation:
             return Evaluation(**(value | {"drawn": [Drawn(**entry) for entry in value["drawn"]]}))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DataError(f"{path} is damaged or of another version; make it again") from None
-
-
-def picture_file(prompt: int, picture: int) -> str:
-    """Name of a picture's file within its policy's folder: ``00012_03.png``."""
-    return f"{prompt:05d}_{picture:02d}.png"
 
 
 def _fits(scores: Any, prompts: int) -> bool:

@@ -117,8 +117,13 @@ class LatentDiffusion(DiffusionPolicy):
         return self.encode_prompts([self.negative_prompt or ""])
 
     def _load_schedule(self, pipeline: Pretrained) -> Schedule:
-        config = pipeline.component("scheduler").load(DDIMScheduler.load_config, kind="scheduler")
-        return NoiseSchedule.from_scheduler_config(config)
+        self.scheduler_config = self._read_scheduler_config(pipeline)
+        return NoiseSchedule.from_scheduler_config(self.scheduler_config)
+
+    def _read_scheduler_config(self, pipeline: Pretrained) -> Mapping[str, Any]:
+        """The scheduler's configuration as diffusers' pipeline of this kind takes it."""
+        config: Mapping[str, Any] = pipeline.component("scheduler").load(DDIMScheduler.load_config, kind="scheduler")
+        return config
 
     def _check_denoiser(self, config: Mapping[str, Any]) -> None:
         """

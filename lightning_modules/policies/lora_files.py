@@ -67,10 +67,18 @@ def _as_kohya(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_lora(name: str, policy: DiffusionPolicy) -> dict[str, Tensor]:
-    """Adapters of the policy's denoiser out of a file of either kind: ``<layer>.lora_A.weight``, ``.lora_B.weight``,
-    fp32, with scale 1.
+    """``read_lora_of`` for a policy's denoiser."""
+    denoiser: Any = policy.denoiser
+    return read_lora_of(name, type(policy), denoiser.config)
+
+
+def read_lora_of(name: str, kind: type[DiffusionPolicy], config: Any) -> dict[str, Tensor]:
+    """Adapters of a denoiser out of a file of either kind: ``<layer>.lora_A.weight``, ``.lora_B.weight``, fp32, with
+    scale 1.
 
     Args:
+        kind: the policy's class.
+        config: the denoiser's configuration.
         name: a ``.safetensors`` file, a folder that holds one, or ``organisation/name/file`` on the hub.
 
     Raises:
@@ -83,18 +91,17 @@ def read_lora(name: str, policy: DiffusionPolicy) -> dict[str, Tensor]:
             tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118  # no iterator
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         _fold_alphas(tensors)
-        denoiser: Any = policy.denoiser
-        found, _ = policy.lora_loader.lora_state_dict(dict(tensors), unet_config=denoiser.config)
+        found, _ = kind.lora_loader.lora_state_dict(dict(tensors), unet_config=config)
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"LoRA weights {file}: damaged or of a kind that diffusers does not know. ({reason})"
         ) from error
-    prefix = f"{policy.denoiser_name}."
+    prefix = f"{kind.denoiser_name}."
     others = sorted({key.split(".")[0] for key in found if not key.startswith(prefix)})
     if others:
         raise ConfigError(
-            f"LoRA weights {file}: they adapt {', '.join(others)}, too, and only the {policy.denoiser_name} is adapted "
+            f"LoRA weights {file}: they adapt {', '.join(others)}, too, and only the {kind.denoiser_name} is adapted "
             f"here; give a file with its layers alone"
         )
     weights = convert_unet_state_dict_to_peft({key.removeprefix(prefix): value for key, value in found.items()})

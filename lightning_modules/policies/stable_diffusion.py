@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -21,7 +21,6 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.policies.adaptation import Adaptation
 from lightning_modules.policies.latent_diffusion import LatentDiffusion
 from lightning_modules.prompt_lengths import CutPrompts
-from lightning_modules.schedules.discrete import NoiseSchedule
 from lightning_modules.weights.pretrained import Pretrained
 
 CUT_PROMPTS = CutPrompts("the policy's text encoder")
@@ -66,14 +65,14 @@ class StableDiffusion(LatentDiffusion):
         self.tokenizer = read_tokenizer(pipeline, "tokenizer", self.text_encoder)
         self._check_width()
 
-    def _load_schedule(self, pipeline: Pretrained) -> NoiseSchedule:
-        config = pipeline.component("scheduler").load(DDIMScheduler.load_config, kind="scheduler")
+    def _read_scheduler_config(self, pipeline: Pretrained) -> Mapping[str, Any]:
+        config = super()._read_scheduler_config(pipeline)
         offset = config.get("steps_offset", 0)
         if self.usual_steps_offset is not None and offset != self.usual_steps_offset:
             # StableDiffusionPipeline of diffusers does so, from which the papers' code starts.
             rank_zero_info(f"the scheduler's steps_offset {offset} is taken as 1, as diffusers' pipeline does")
             config = {**config, "steps_offset": self.usual_steps_offset}
-        return NoiseSchedule.from_scheduler_config(config)
+        return config
 
     def _check_denoiser(self, config: Mapping[str, Any]) -> None:
         found = config.get("addition_embed_type")

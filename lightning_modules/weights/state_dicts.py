@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -65,6 +66,19 @@ def read_state_dict(file: Path, whose: str) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(_is_plain(*item) for item in weights.items()):
         raise damaged(file, whose, "it holds no state dict")
     return dict(weights)
+
+
+def read_keys(file: Path, whose: str) -> list[str]:
+    """Names of the tensors in a ``.safetensors`` file, whose weights stay unread.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except UNREADABLE as error:
+        raise damaged(file, whose, error) from error
 
 
 def _is_plain(name: object, value: object) -> bool:
