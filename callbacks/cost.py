@@ -22,6 +22,7 @@ from lightning_modules.alignment import AlignmentModule
 from lightning_modules.batches import LatentPairs, PreferencePairs
 from lightning_modules.files import atomic_file
 from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.training import note_step
 
 # Added over the ranks.
 SUMMED = (
@@ -109,8 +110,7 @@ class Cost(Callback):
             return  # gradients are being accumulated; a checkpoint goes back to the last step, so the counts must too
         self._step = trainer.global_step
         self._add_up(trainer)
-        shown = {f"cost/{name}": value for name, value in self._totals.items()}
-        pl_module.log_dict(shown, on_step=True, on_epoch=False, batch_size=1)
+        note_step(pl_module, {f"cost/{name}": value for name, value in self._totals.items()})
         if self._step % self.every_n_steps == 0:
             self._history = self._entries()
 
@@ -153,6 +153,8 @@ class Cost(Callback):
         device = trainer.strategy.root_device
 
         def over_ranks(values: list[float], how: str) -> list[float]:
+            if trainer.world_size == 1:
+                return values  # without a device that would have to be waited for
             numbers = torch.tensor(values, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
             return trainer.strategy.reduce(numbers, reduce_op=how).tolist()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_modules.errors import ConfigError, DivergenceError
-from lightning_modules.training import TrainingModule
+from lightning_modules.training import TrainingModule, note_step
 from lightning_modules.weights.sharding import whole_tensor
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,7 @@ class LossGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         batches, self._batches = self._batches, []
-        norm = gradient_norm(trainer, optimizer)
-        faults = self._faults(trainer, [finite for _, finite in batches], norm)
+        faults, norm = self._faults(trainer, [finite for _, finite in batches], gradient_norm(trainer, optimizer))
         if faults == ["gradient"] and _scale(trainer) > 1:
             _keep_average(pl_module)  # GradScaler leaves it out, and tries a smaller scale next
         elif faults:
@@ -80,16 +79,17 @@ class LossGuard(Callback):
             self._leave_out(trainer, optimizer, faults, batches)
         else:
             self.in_a_row = 0
-            pl_module.log("train/gradient_norm", norm, batch_size=1)
-        pl_module.log("train/skipped_steps", float(self.skipped), batch_size=1)
+            note_step(pl_module, {"train/gradient_norm": norm})
+        note_step(pl_module, {"train/skipped_steps": float(self.skipped)})
 
-    def _faults(self, trainer: pl.Trainer, finite: list[Tensor], norm: Float[Tensor, ""]) -> list[str]:
-        """What is wrong on any rank, the same on every rank."""
+    def _faults(self, trainer: pl.Trainer, finite: list[Tensor], norm: Float[Tensor, ""]) -> tuple[list[str], float]:
+        """What is wrong on any rank, and the norm; the same on every rank. The device is waited for once."""
         limit = torch.inf if self.max_gradient_norm is None else self.max_gradient_norm
         wrong = sum((~value.to(norm.device) for value in finite), start=torch.zeros_like(norm))
         here = torch.stack([wrong > 0, ~norm.isfinite(), norm.isfinite() & (norm > limit)])
-        found = trainer.strategy.reduce(here.float(), reduce_op="max").tolist()
-        return [name for name, wrong in zip(("loss", "gradient", "limit"), found) if wrong]
+        told = torch.cat([here.float(), norm.float().nan_to_num(torch.inf)[None]])
+        *found, largest = trainer.strategy.reduce(told, reduce_op="max").tolist()
+        return [name for name, wrong in zip(("loss", "gradient", "limit"), found) if wrong], largest
 
     def _leave_out(
         self, trainer: pl.Trainer, optimizer: Optimizer, faults: list[str], batches: list[tuple[list[int], Tensor]]

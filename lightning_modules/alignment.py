@@ -92,7 +92,7 @@ class AlignmentModule(TrainingModule):
         return output.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.objective.observe(self._log_means("train", on_step=True))
+        self.objective.observe(self._log_step_means())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

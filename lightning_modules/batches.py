@@ -21,7 +21,7 @@ class Record:
     written with it, so that a new one is added in one place.
 
     The first dimension of every tensor counts rows, as does the length of a tuple of texts. Lightning calls ``to`` and
-    ``pin_memory``.
+    ``pin_memory``. ``indices`` stay where they are: draws are keyed by them on the host, which would wait for a device.
     """
 
     def _map(self: Self, function: Any) -> Self:
@@ -33,7 +33,8 @@ class Record:
         return replace(self, **changed)  # type: ignore[type-var]
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
-        return self._map(lambda value: value.to(*args, **kwargs))
+        moved = self._map(lambda value: value.to(*args, **kwargs))
+        return replace(moved, indices=self.indices) if hasattr(self, "indices") else moved  # type: ignore[type-var]
 
     def pin_memory(self: Self) -> Self:
         return self._map(lambda value: value.pin_memory())

@@ -7,7 +7,7 @@ meaning, and where another file of ours uses such a part.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -224,28 +224,15 @@ def take_children(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
 # --------------------------------------------------------------------------------------------- what is logged
 
 
-def log_step(trainer: Trainer) -> None:
-    """Write the metrics of the step that just ended to the loggers, which Lightning does only after all callbacks.
-
-    What a checkpoint holds is not trained again: a run that ends between the two would lack them for ever. Lightning
-    writes them once more, the same.
-    """
+def update_step_logs(trainer: Trainer) -> None:
+    """Write what the step that just ended has logged by ``log`` to the loggers, which Lightning does only after all
+    callbacks; it does so once more then, the same."""
     trainer._logger_connector.update_train_step_metrics()
 
 
 def count_logged_steps(trainer: Trainer) -> None:
     """Let loggers be told ``trainer.global_step``: resuming from a rewound place, Lightning may count a step twice."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-
-
-def forget_step_metrics(trainer: Trainer, names: Collection[str]) -> None:
-    """Leave metrics out of the logs until a step logs them again.
-
-    Lightning repeats the last value of whatever an epoch has logged once, for every step, also where a step has none.
-    """
-    for metric in (trainer._results or {}).values():
-        if metric.meta.name in names:
-            metric.reset()
 
 
 # --------------------------------------------------------------------------------------------- how a run is built

@@ -19,20 +19,23 @@ class RunningMeans:
 
     def add(self, metrics: Mapping[str, Tensor], pairs: int) -> None:
         """Take a batch's scalars, each a mean over (at most) ``pairs`` pairs."""
-        for name, value in metrics.items():
-            known = (~value.isnan()).double() * pairs
-            entry = torch.stack([value.nan_to_num(0.0).double() * known, known])
+        values = torch.stack([value.float() for value in metrics.values()])
+        known = (~values.isnan()).double() * pairs
+        sums = torch.stack([values.nan_to_num(0.0).double() * known, known], dim=1)
+        for name, entry in zip(metrics, sums):
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
-    def compute(self, reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """The means since the last call, over all ranks; names without any pair are left out. Starts afresh.
+    def compute(self, reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means since the last call, over all ranks, in fp32; names without any pair are left out. Starts afresh.
+
+        The device is waited for once.
 
         Args:
             reduce_sum: sums a tensor over ranks; called once, on every rank.
         """
         if not self._sums:
             return {}
-        totals = reduce_sum(torch.stack(list(self._sums.values())))
-        means = {name: (total / count).float() for name, (total, count) in zip(self._sums, totals) if count > 0}
+        totals = reduce_sum(torch.stack(list(self._sums.values()))).tolist()
+        means = {name: total / count for name, (total, count) in zip(self._sums, totals) if count > 0}
         self._sums = {}
-        return means
+        return dict(zip(means, torch.tensor(list(means.values()), dtype=torch.float32).tolist()))

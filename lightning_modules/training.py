@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_modules.errors import ConfigError
-from lightning_modules.lightning_internals import forget_step_metrics
+from lightning_modules.lightning_internals import update_step_logs
 from lightning_modules.randomness import derive_seed, generator
 from lightning_modules.running_means import RunningMeans
 from lightning_modules.weights.audit import mismatch
@@ -24,8 +24,11 @@ class TrainingModule(LightningModule):
     """Trains those of its parameters that require gradients, and saves no others.
 
     Batches have ``indices``, the positions of their samples in the run: all draws are keyed by them, so that neither
-    batch size, accumulation, ranks nor restarts change any. Metrics that a step adds to ``_means`` are logged once an
-    optimiser step (``train``) or once a validation (``val``), as means over batches and ranks.
+    batch size, accumulation, ranks nor restarts change any. Metrics that a step adds to ``_means`` are logged once per
+    optimizer step (``train``) or once per validation (``val``), as means over batches and ranks.
+
+    What is logged per step goes to the loggers as it is: ``LightningModule.log`` would take a device's time for every
+    number, and repeat the last value of one that a step does not have (a quarter of the timesteps, for one).
 
     Args:
         optimizer: an optimizer of the parameters that require gradients.
@@ -49,15 +52,39 @@ class TrainingModule(LightningModule):
         super().__init__()
         self.make_optimizer, self.make_lr_scheduler, self.seed, self.ema = optimizer, lr_scheduler, seed, ema
         self._means = {"train": RunningMeans(), "val": RunningMeans()}
-        self._logged: set[str] = set()  # by any step of training
+        self._step_metrics: dict[str, float] = {}
+        self._written = True
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._step_metrics, self._written = {}, False
         # Network dropout is the one draw that comes from the global generator.
         torch.manual_seed(derive_seed(self.seed, "dropout", int(batch.indices[0])))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log once an optimiser step, before a checkpoint can hold it: means over its accumulated batches and ranks."""
-        self._log_means("train", on_step=True)
+        """Log once per optimizer step, before a checkpoint can hold it: means over its batches and ranks."""
+        self._log_step_means()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.write_step_metrics()
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Numbers of the optimizer step at hand: for the loggers, and at once for the trainer's own metrics."""
+        self._step_metrics |= metrics
+        tensors = {name: torch.tensor(value) for name, value in metrics.items()}
+        self.trainer.callback_metrics.update(tensors)
+        self.trainer.logged_metrics.update(tensors)
+
+    def write_step_metrics(self) -> None:
+        """Hand what was noted of the step that just ended to the loggers, once, every ``log_every_n_steps``."""
+        trainer = self.trainer
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # put there by a connector
+        due = every and (trainer.global_step % every == 0 or trainer.should_stop)
+        if not self._step_metrics or self._written or not due:
+            return
+        self._written = True
+        for logger in trainer.loggers:
+            logger.log_metrics(self._step_metrics | {"epoch": trainer.current_epoch}, trainer.global_step - 1)
+            logger.save()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -74,18 +101,19 @@ class TrainingModule(LightningModule):
             yield
 
     def on_validation_epoch_end(self) -> None:
-        self._log_means("val", on_step=False)
-
-    def _log_means(self, stage: str, on_step: bool) -> dict[str, Tensor]:
-        means = self._means[stage].compute(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        for name, value in means.items():
+        for name, value in self._compute_means("val").items():
             shown = name in ("loss", "accuracy")
-            self.log(f"{stage}/{name}", value, on_step=on_step, on_epoch=not on_step, prog_bar=shown, batch_size=1)
-        if on_step:  # a quarter of the timesteps, for one, of which no pair of this step is
-            absent = {name for name in self._logged if name not in means}
-            forget_step_metrics(self.trainer, {f"{stage}/{name}" for name in absent})
-            self._logged |= set(means)
+            self.log(f"val/{name}", value, on_step=False, on_epoch=True, prog_bar=shown, batch_size=1)
+
+    def _log_step_means(self) -> dict[str, float]:
+        means = self._compute_means("train")
+        self.note({f"train/{name}": value for name, value in means.items()})
+        shown = {f"train/{name}": means[name] for name in ("loss", "accuracy") if name in means}
+        self.trainer.progress_bar_metrics.update(shown)
         return means
+
+    def _compute_means(self, stage: str) -> dict[str, float]:
+        return self._means[stage].compute(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
 
     def _generators(self, batch: Any, *purpose: str) -> list[torch.Generator]:
         """One generator per sample of the batch, for draws of one purpose."""
@@ -127,3 +155,21 @@ class TrainingModule(LightningModule):
             self.ema.load_state_dict(checkpoint["ema"])
         elif self.ema is not None:
             rank_zero_info("the checkpoint holds no average of its weights: a new one starts here")
+
+
+def note_step(module: LightningModule, metrics: Mapping[str, float]) -> None:
+    """Log numbers of the optimizer step at hand, whatever kind of module trains."""
+    if isinstance(module, TrainingModule):
+        module.note(metrics)
+    else:
+        module.log_dict(dict(metrics), on_step=True, on_epoch=False, batch_size=1)
+
+
+def log_step(trainer: Trainer) -> None:
+    """Write the metrics of the step that just ended to the loggers, which happens only after all callbacks otherwise.
+
+    What a checkpoint holds is not trained again: a run that ends between the two would lack them for ever.
+    """
+    update_step_logs(trainer)
+    if isinstance(trainer.lightning_module, TrainingModule):
+        trainer.lightning_module.write_step_metrics()

@@ -216,7 +216,7 @@ def test_validation_is_never_of_the_empty_prompt_and_has_draws_of_its_own(pipeli
     for dropout in (0.0, 1.0):
         module = make(pipelines, SFT(), caption_dropout=dropout)
         module.validation_step(batch(0, 3), 0)
-        losses[dropout] = module._means["val"].compute(lambda sums: sums)["loss"].item()
+        losses[dropout] = module._means["val"].compute(lambda sums: sums)["loss"]
         assert losses[dropout] == module.compute_loss(batch(0, 3), "val").loss.item()
     assert losses[0.0] == losses[1.0] != module.compute_loss(batch(0, 3), "train").loss.item()
     assert losses[0.0] != make(pipelines, SFT()).compute_loss(batch(0, 3), "train").loss.item()

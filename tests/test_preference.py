@@ -202,7 +202,7 @@ def test_a_training_step_is_the_criterion_on_what_each_pair_sees(pipelines, nega
     loss = module.training_step(pairs, 0)
     assert loss.item() == pytest.approx(criterion(module, pairs, "train", timesteps, negatives), rel=1e-5)
     logged = module._means["train"].compute(lambda sums: sums)
-    assert logged["loss"].item() == pytest.approx(loss.item())
+    assert logged["loss"] == pytest.approx(loss.item())
 
 
 def test_a_validation_is_the_criterion_at_its_timesteps_with_draws_of_its_own(pipelines):
@@ -211,7 +211,7 @@ def test_a_validation_is_the_criterion_at_its_timesteps_with_draws_of_its_own(pi
     module.validation_step(pairs, 0)
     losses = [criterion(module, pairs, "val", torch.full((3,), t), False) for t in (1, 900)]
     found = module._means["val"].compute(lambda sums: sums)
-    assert found["loss"].item() == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert found["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
 def test_timesteps_reach_from_the_first_to_the_last(pipelines):

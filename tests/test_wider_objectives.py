@@ -278,7 +278,7 @@ def test_accumulation_changes_the_safeguard_of_a_batch_and_not_that_of_a_pair(pe
 
 def observed(objective, *sizes):
     for size in sizes:
-        objective.observe({"margin_size": torch.tensor(size)})
+        objective.observe({"margin_size": size})
     return objective
 
 

@@ -15,7 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.resume.checkpoint_files import STEP_NAME, newest_checkpoint, writing_order
 from lightning_modules.errors import ConfigError, DataError, UserError
 from lightning_modules.files import clear_unfinished
-from lightning_modules.lightning_internals import at_epochs_last_batch, dump_checkpoint, log_step
+from lightning_modules.lightning_internals import at_epochs_last_batch, dump_checkpoint
+from lightning_modules.training import log_step
 
 
 class AfterStep(Callback):

@@ -26,11 +26,11 @@ from lightning_modules.errors import DivergenceError
 from lightning_modules.lightning_internals import (
     amid_batch,
     batch_is_open,
-    log_step,
     replace_signal_handlers,
     restore_signal_handlers,
     take_children,
 )
+from lightning_modules.training import log_step
 
 log = logging.getLogger(__name__)
 

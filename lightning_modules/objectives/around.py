@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from lightning_modules.errors import ConfigError
 from lightning_modules.objectives.pairwise import PairwiseObjective
 
@@ -32,7 +29,7 @@ class AroundObjective(PairwiseObjective):
                 f"and {type(self.objective).__name__} does not"
             )
 
-    def observe(self, metrics: Mapping[str, Float[Tensor, ""]]) -> None:
+    def observe(self, metrics: Mapping[str, float]) -> None:
         self.objective.observe(metrics)
 
     def state_dict(self) -> dict[str, Any]:

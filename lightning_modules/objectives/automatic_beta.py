@@ -79,7 +79,7 @@ class AutomaticBeta(AroundObjective):
         own = {"beta": margin.new_tensor(beta), "margin_size": margin.abs().mean()}
         return LossOutput(output.loss, output.metrics | own)
 
-    def observe(self, metrics: Mapping[str, Float[Tensor, ""]]) -> None:
+    def observe(self, metrics: Mapping[str, float]) -> None:
         super().observe(metrics)
         size = float(metrics.get("margin_size", 0.0))
         if size and math.isfinite(size):

@@ -78,7 +78,7 @@ class Objective(ABC):
             schedule: the diffusion schedule.
         """
 
-    def observe(self, metrics: Mapping[str, Float[Tensor, ""]]) -> None:  # noqa: B027  # most follow nothing
+    def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027  # most follow nothing
         """Hear, once an optimizer step and before it, what ``loss`` reported: means over the step's batches and ranks.
 
         For an objective that follows its run. What it keeps is the same on all ranks and belongs into ``state_dict``.

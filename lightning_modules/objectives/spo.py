@@ -63,7 +63,8 @@ class SPO(Objective):
         self, batch: StepPairs, cond: Conditioning, schedule: Schedule, generators: Sequence[torch.Generator]
     ) -> DenoiserQuery:
         """One row per pair where the pair shares x_t, else two, chosen rows first. Nothing is drawn."""
-        schedule.require_random_steps(batch.timesteps, batch.next_timesteps)
+        if batch.timesteps.device.type == "cpu":  # the sampler of a pool has looked already, and a device would wait
+            schedule.require_random_steps(batch.timesteps, batch.next_timesteps)
         if batch.rejected_latents is None:
             return DenoiserQuery(batch.latents, batch.timesteps, cond, self.guidance_scale)
         return DenoiserQuery(

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.adaptation import Adaptation
@@ -91,18 +93,16 @@ class LoRA(Adaptation):
 
     @contextmanager
     def disabled(self, policy: DiffusionPolicy) -> Iterator[None]:
-        layers = [module for module in policy.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-        # peft clears and sets requires_grad as it switches: put back what was there, frozen or not.
-        flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+        layers = _adapted(policy.denoiser)
+        before = [layer._disable_adapters for layer in layers]
+        # Not by peft's enable_adapters, which goes through all weights and changes requires_grad, at every step.
         for layer in layers:
-            layer.enable_adapters(False)
+            layer._disable_adapters = True
         try:
             yield
         finally:
-            for layer in layers:
-                layer.enable_adapters(True)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            for layer, flag in zip(layers, before):
+                layer._disable_adapters = flag
 
     def write(self, policy: DiffusionPolicy, folder: Path) -> None:
         denoiser: Any = policy.denoiser
@@ -110,3 +110,13 @@ class LoRA(Adaptation):
         folded = {key: value * self.scale if ".lora_B." in key else value for key, value in weights.items()}
         config = denoiser.peft_config["default"].to_dict() | {"lora_alpha": self.rank}
         write_lora(folder, policy, folded, config)
+
+
+_LAYERS: WeakKeyDictionary[nn.Module, list[BaseTunerLayer]] = WeakKeyDictionary()
+
+
+def _adapted(network: nn.Module) -> list[BaseTunerLayer]:
+    """The layers of an adapted network that have adapters; looked for once, among its thousands of modules."""
+    if network not in _LAYERS:
+        _LAYERS[network] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    return _LAYERS[network]

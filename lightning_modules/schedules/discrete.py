@@ -43,6 +43,9 @@ class NoiseSchedule(Schedule):
     spacing: Spacing = "leading"
     steps_offset: int = 1
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_tables", {})  # alphas_cumprod by device: no field, since it says nothing new
+
     @property
     def num_timesteps(self) -> int:
         """T."""
@@ -94,7 +97,11 @@ class NoiseSchedule(Schedule):
 
     def alpha_cumprod(self, timesteps: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """a_t per sample; ``final_alpha_cumprod`` at clean latents."""
-        known = self.alphas_cumprod.to(timesteps.device)[timesteps.clamp(min=0)]
+        tables: dict[torch.device, Tensor] = vars(self)["_tables"]
+        if timesteps.device not in tables:
+            with torch.inference_mode(False):  # a validation may ask first, and training use it later
+                tables[timesteps.device] = self.alphas_cumprod.to(timesteps.device)
+        known = tables[timesteps.device][timesteps.clamp(min=0)]
         return torch.where(timesteps < 0, torch.full_like(known, self.final_alpha_cumprod), known)
 
     def signal_and_noise(self, timesteps: Int[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
