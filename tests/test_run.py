@@ -113,20 +113,32 @@ def test_packaged_configs_parse_and_say_what_they_cost(name, folder, capsys):
     assert all(word in head for word in ("Hardware:", "Cost:", "Expected:"))
 
 
-@pytest.mark.parametrize(("below", "overlay"), [("dpo_sd15", "lora"), ("dpo_sdxl", "lora"), ("dpo_sdxl", "sft"),
-                                                ("dpo_sd15", "pickapic"), ("dpo_sd15", "dmpo"), ("dpo_sdxl", "dmpo"),
-                                                ("dpo_sd15", "dspo"), ("dpo_sdxl", "mapo"), ("dpo_sd15", "sdpo"),
-                                                ("dpo_sdxl", "sdpo"), ("dpo_tiny", "automatic_beta")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("below", "overlay"),
+    [
+        ("dpo_sd15", "lora"), ("dpo_sdxl", "lora"), ("dpo_sdxl", "sft"), ("dpo_sd15", "pickapic"),
+        ("dpo_sd15", "dmpo"), ("dpo_sdxl", "dmpo"), ("dpo_sd15", "dspo"), ("dpo_sdxl", "mapo"),
+        ("dpo_sd15", "sdpo"), ("dpo_sdxl", "sdpo"), ("dpo_tiny", "automatic_beta"),
+        ("dpo_sd15", "smaller_card"), ("spo_sd15", "smaller_card"),
+    ],
+)  # fmt: skip
 def test_overlays_compose(below, overlay, folder, capsys):
     with pytest.raises(SystemExit) as exit_:
         run.main(["--config", below, "--config", overlay, "--print_config"])
     assert exit_.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     expected = {"lora": ("reference", "lightning_modules.references.AdapterOff"),
-                "pickapic": None}  # fmt: skip
+                "pickapic": None, "smaller_card": None}  # fmt: skip
     objectives = {"sft": "SFT", "dmpo": "DMPO", "dspo": "DSPO", "mapo": "MaPO", "sdpo": "Safeguard",
                   "automatic_beta": "AutomaticBeta"}  # fmt: skip
     expected |= {name: ("objective", f"lightning_modules.objectives.{kind}") for name, kind in objectives.items()}
+    if overlay == "smaller_card":
+        assert printed["data"]["init_args"]["batch_size"] == 1
+        assert (
+            printed["data"]["init_args"]["pairs_per_step"]
+            == load(find_config(below))["data"]["init_args"]["pairs_per_step"]
+        )
+        assert printed["model"]["init_args"]["policy"]["init_args"]["gradient_checkpointing"] is True
     if expected[overlay]:
         key, path = expected[overlay]
         assert printed["model"]["init_args"][key]["class_path"] == path
