@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from experiments.cli.command import run_command
+from experiments.evaluation.export_layouts import KINDS, planned
 from experiments.evaluation.protocols import packaged_protocols, read_protocol, with_prompts
 from lightning_modules.files import resolved_path
 from lightning_modules.folder_lock import locked_folder
 from lightning_modules.progress import Work
 from lightning_modules.terminal import literal
 
-EXPORTS = ("geneval", "t2i_compbench", "dpg", "hpsv2")
 FILE_WIDTH = 110  # characters per line where the output is not a terminal
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     if options.guidance:
         protocol = replace(protocol, guidance=tuple(options.guidance))
     texts = with_prompts(protocol, options.prompts, Work.write)[: options.limit]
+    for kind in options.export:
+        planned(kind, texts, protocol.pictures_per_prompt, options.export_prompts)  # what does not agree is told now
     from experiments.evaluation.begin import make_job  # torch and diffusers are loaded from here on
     from experiments.evaluation.protocols import check
 
@@ -151,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", metavar="FILE", help="the protocol's prompts, where they don't ship")
     add("--guidance", type=_scale, nargs="+", metavar="W", help="instead of the protocol's; several make a sweep")
     add("--base", metavar="MODEL", help="pipeline or run below a UNet, LoRA weights or a single file")
-    add("--export", action="append", default=[], choices=EXPORTS, help="also lay the pictures out for an evaluator")
+    add("--export", action="append", default=[], choices=KINDS, help="also lay the pictures out for an evaluator")
     add("--export-prompts", type=Path, nargs="+", default=[], metavar="FILE", help="that evaluator's own prompt files")
     add("--limit", type=_positive, metavar="N", help="the first N prompts alone, to try it")
     add("--workers", type=_positive, metavar="N", help="processes (one per GPU)")

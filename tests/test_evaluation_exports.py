@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import evaluate
 from experiments.evaluation.exports import export
 from experiments.evaluation.results import Drawn, Evaluation
 from lightning_modules.errors import ConfigError, DataError, UserError
@@ -205,3 +206,11 @@ def test_a_policy_folder_outside_of_the_evaluation_is_refused(tmp_path: Path, fo
     drawn = Drawn("x", "x", False, 5.0, folder, {"shapes": [[0.5]]})
     with pytest.raises(DataError, match="outside of it"):
         export("t2i_compbench", Evaluation({}, ["a"], [drawn]), tmp_path, tmp_path / "out")
+
+
+def test_the_command_tells_what_does_not_agree_before_it_draws(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    words = ["--policy=embedded/shapes", "--protocol=shapes", f"--output={output}", "--export=hpsv2"]
+    with pytest.raises(ConfigError, match="JSON file per style"):
+        evaluate.main(words)
+    assert not output.exists()

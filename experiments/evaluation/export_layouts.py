@@ -124,6 +124,36 @@ LAYOUTS: dict[str, Callable[[Asked, Sequence[Path]], list[Target]]] = {
 }
 
 
+KINDS = tuple(LAYOUTS)
+
+
+def planned(kind: str, prompts: Sequence[str], pictures: int, prompt_files: Sequence[Path]) -> list[Target]:
+    """The files of each policy's folder; can be asked before anything is drawn.
+
+    Args:
+        kind: one of ``KINDS``.
+        prompts: the evaluation's.
+        pictures: of each.
+        prompt_files: the benchmark's own, see ``exports.export``; a folder stands for its files by name.
+
+    Raises:
+        ConfigError: another kind; a number of pictures that the evaluator does not read; files missing.
+        DataError: prompts and files that don't agree, a prompt that can be no file's name.
+    """
+    if kind not in LAYOUTS:
+        raise ConfigError(f"export {kind!r} is not known; one of {', '.join(KINDS)}")
+    return LAYOUTS[kind](Asked(prompts, pictures), [file for path in prompt_files for file in _files(path)])
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or a folder's files in the order of their names."""
+    path = path.expanduser()
+    files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path} holds no files; name the benchmark's prompt files")
+    return files
+
+
 def _joined(parts: Sequence[tuple[str, list[str]]], files: Sequence[Path]) -> tuple[list[str], list[Path]]:
     """All parts' prompts, and the file of each; without files the prompts are the evaluation's own."""
     where = files or [Path("the evaluation")]

@@ -12,13 +12,11 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from experiments.evaluation.export_layouts import LAYOUTS, Asked, Target
+from experiments.evaluation.export_layouts import Target, planned
 from experiments.evaluation.results import Drawn, Evaluation
-from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.errors import DataError
 from lightning_modules.files import atomic_folder
 from lightning_modules.progress import Work
-
-KINDS = tuple(LAYOUTS)
 
 
 def export(
@@ -43,11 +41,9 @@ def export(
         DataError: prompts and files that don't agree, a prompt that can be no file's name, a picture that is missing,
             an output that is not empty.
     """
-    if kind not in LAYOUTS:
-        raise ConfigError(f"export {kind!r} is not known; one of {', '.join(KINDS)}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise DataError(f"{output} is there already; name a new or empty folder to export to")
-    targets = LAYOUTS[kind](_asked(evaluation), [file for path in prompt_files for file in _files(path)])
+    targets = planned(kind, evaluation.prompts, _pictures(evaluation), prompt_files)
     names = [_inside(drawn.folder) for drawn in evaluation.drawn]
     with atomic_folder(output) as new, Work(f"export ({kind})", len(names) * len(targets)) as work:
         for drawn, name in zip(evaluation.drawn, names):
@@ -57,19 +53,11 @@ def export(
     return [output / name for name in names]
 
 
-def _asked(evaluation: Evaluation) -> Asked:
+def _pictures(evaluation: Evaluation) -> int:
     counts = {len(prompt) for drawn in evaluation.drawn for column in drawn.scores.values() for prompt in column}
     if len(counts) != 1:
         raise DataError("the evaluation's policies have different numbers of pictures; they can't be exported together")
-    return Asked(evaluation.prompts, counts.pop())
-
-
-def _files(path: Path) -> list[Path]:
-    """The file, or a folder's files in the order of their names."""
-    files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"{path} holds no files; name the benchmark's prompt files")
-    return files
+    return counts.pop()
 
 
 def _inside(folder: str) -> Path:
