@@ -31,6 +31,7 @@ from datamodules.shards.reader import IndexedShard
 from datamodules.shards.samples import pixel_members
 from datamodules.shards.tar_index import members
 from datamodules.shards.writer import write_shard
+from experiments.cli.compose import load
 from lightning_modules.errors import ConfigError, DataError, UserError
 from lightning_modules.rewards.clip import read_tokenizer
 from lightning_modules.rewards.step_aware import StepAwarePreferenceModel
@@ -357,3 +358,15 @@ def test_the_bomb_goes_off_where_pickles_are_loaded(tmp_path: Path) -> None:
     code = f"import pickle; pickle.loads({pickle.dumps(Bomb(tmp_path / 'proof'))!r})"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "proof").exists()
+
+
+def test_aliases_that_stand_for_too_much_are_refused_before_they_are_written_out(tmp_path):
+    """Ten times ten times ... a value: 10^9 of them in 300 bytes, and a list that holds itself."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    for text in ("\n".join(lines), "trainer: &a [*a]"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ConfigError, match="its aliases stand for more than 100000 values"):
+            load(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("model: &one {beta: 1}\ndata: *one")
+    assert load(tmp_path / "config.yaml") == {"model": {"beta": 1}, "data": {"beta": 1}}

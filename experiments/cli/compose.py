@@ -21,6 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -30,6 +31,7 @@ from experiments.cli.tree import MISSING, find, merge, put, remove
 from lightning_modules.errors import ConfigError
 
 JOBS = ("fit", "validate", "test", "predict")
+MAX_NODES = 100_000  # of a config; aliases in a YAML file can stand for any number
 FLAGS = ("--allow_changes", "--help", "--help_all")  # options that take no value
 PACKAGES = ("lightning_modules", "datamodules", "callbacks")
 
@@ -195,12 +197,27 @@ def _mapping(node: Any) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = with_present_paths(path.read_text(encoding="utf-8"), known_classes())
+        if _nodes(yaml.compose(text, yaml.SafeLoader), {}) > MAX_NODES:
+            raise ConfigError(
+                f"config {path}: its aliases stand for more than {MAX_NODES} values; write out what it sets"
+            )
         tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise ConfigError(f"config {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: wants settings such as 'model: ...' at its top, got a {type(tree).__name__}")
     return {str(key): with_present_objectives(value) for key, value in tree.items()}
+
+
+def _nodes(node: yaml.Node | None, known: dict[int, int | float]) -> int | float:
+    """How many values a YAML node stands for, with its aliases written out; infinitely many where it holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        held = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_nodes(part, known) for part in held)
+    return known[id(node)]
 
 
 def settings(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """CPU time that a run adds to a training step: Lightning with a real run's callbacks against a bare loop.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/step_overhead.py --steps 100 --rounds 5
+    OMP_NUM_THREADS=1 python tests/bench_step_overhead.py --steps 100 --rounds 5
 
 Both train the same tiny networks on the same batches, in one process, in turn; they end with the same weights. What is
 told is the difference per step, so that the size of the networks doesn't matter.
@@ -9,7 +9,6 @@ told is the difference per step, so that the size of the networks doesn't matter
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -19,11 +18,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch.utils.data import DataLoader
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from tiny_world import make, pairs, trained_parameters
+from torch.utils.data import DataLoader
 
 from callbacks.cost import Cost
 from callbacks.loss_guard import LossGuard
@@ -33,7 +29,7 @@ from callbacks.resume.preemption import Preemption
 from callbacks.run_progress import RunProgress
 from lightning_modules.references import AdapterOff
 
-PIPELINES = Path(__file__).parents[1] / "pipelines"
+PIPELINES = Path(__file__).parent / "pipelines"
 
 
 def callbacks() -> list:
