@@ -183,6 +183,8 @@ def test_baselines_stand_at_the_left(tmp_path):
 
 def test_a_label_has_one_colour_at_all_guidances():
     assert styles(methods(several())) == {"base": "base", "DPO": "s0", "SPO": "s1"}
+    two = evaluation(drawn("DPO", DPO), drawn("base", BASE, True), drawn("SFT", SPO, True))
+    assert styles(methods(two)) == {"base": "base", "DPO": "s0", "SFT": "s1"}
 
 
 # ------------------------------------------------------------------------------------------ the page

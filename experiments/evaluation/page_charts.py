@@ -22,13 +22,11 @@ class Charts:
 
 
 def styles(everyone: Sequence[Method]) -> dict[str, str]:
-    """Every label's class in the style sheet: one colour at all guidances."""
-    found: dict[str, str] = {}
-    for method in everyone:
-        if method.baseline:
-            found.setdefault(method.label, "base")
-    policies = dict.fromkeys(method.label for method in everyone if method.label not in found)
-    return found | {label: f"s{number % COLOURS}" for number, label in enumerate(policies)}
+    """Every label's class in the style sheet: one colour at all guidances, grey for the first baseline."""
+    base = next((method.label for method in everyone if method.baseline), None)
+    others = dict.fromkeys(method.label for method in everyone if method.label != base)
+    found = {} if base is None else {base: "base"}
+    return found | {label: f"s{number % COLOURS}" for number, label in enumerate(others)}
 
 
 def _guidances(everyone: Sequence[Method]) -> list[float]:
