@@ -10,13 +10,13 @@ import torch
 import yaml
 from PIL import Image
 
-from callbacks.evaluation.pictures import PictureRequest, draw
+from callbacks.evaluation.pictures import PictureRequest, draw, read_pictures
 from callbacks.evaluation.statistics import WinCount
 from experiments import evaluate
 from experiments.evaluation import job as jobs
 from experiments.evaluation.begin import labelled
 from experiments.evaluation.results import Evaluation
-from lightning_modules.errors import ConfigError, UserError
+from lightning_modules.errors import ConfigError, DataError, UserError
 from lightning_modules.policies.adaptation import Frozen
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.sampling.pictures import Sampler
@@ -371,3 +371,18 @@ def test_names_of_policies(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="wants NAME=POLICY"):
         labelled("x=")
     assert json.dumps(labelled("x=y=z")) == '["x", "y=z"]'
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [(b"\x89PNG", "picture .*00000_01.png is damaged .*; delete it, and it is drawn again"), (None, "different sizes")],
+)
+def test_a_picture_that_was_damaged_is_told(tmp_path, damage, match):
+    for name in ("00000_00.png", "00000_01.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    if damage is None:
+        Image.new("RGB", (8, 9)).save(tmp_path / "00000_01.png")
+    else:
+        (tmp_path / "00000_01.png").write_bytes(damage)
+    with pytest.raises(DataError, match=match):
+        read_pictures([tmp_path / "00000_00.png", tmp_path / "00000_01.png"])
