@@ -31,6 +31,7 @@ from experiments.cli.command import run_command
 from experiments.cli.compose import import_named
 from experiments.cli.configured_policy import load_policy
 from experiments.cli.experiment_cli import OneLineParser
+from experiments.cli.setting_errors import one_line
 from experiments.preparation.pickapic_schema import SCHEMA, pair_row
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_file, clear_unfinished, resolved_path
@@ -152,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_class_arguments(Sampler, "sampler")
     parsed = parser.parse_args(words)
     with locked_folder(resolved_path(parsed.output), "wait for it, or name another --output"):
-        prepare(parser.instantiate(parsed))
+        with one_line("--reward"):
+            settings = parser.instantiate(parsed)
+        prepare(settings)
 
 
 if __name__ == "__main__":

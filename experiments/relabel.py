@@ -33,6 +33,7 @@ from datamodules.shards.reader import ShardSet
 from experiments.cli.command import run_command
 from experiments.cli.compose import import_named
 from experiments.cli.experiment_cli import OneLineParser
+from experiments.cli.setting_errors import one_line
 from experiments.prepare_pickapic import CAPTIONS, job_hash, output_folder, refuse_other
 from experiments.relabelling.agreement import THRESHOLDS, Judged, accuracy, agreement, by_gap
 from experiments.relabelling.scoring import MAX_NAMED, Relabelling, Settings, ShardResult
@@ -105,7 +106,8 @@ def make(words: Sequence[str], device: torch.device) -> Relabelling:
     shards = open_shards(parsed.shards)
     if shards.kind != "pixels":
         raise ConfigError(f"{parsed.shards} holds {shards.kind}, and a reward judges pictures; give shards of pixels")
-    reward = as_reward_model(parser.instantiate(parsed).reward).to(device)
+    with one_line("--reward"):
+        reward = as_reward_model(parser.instantiate(parsed).reward).to(device)
     settings = Settings(parsed.margin, parsed.batch_size)
     return Relabelling(shards, reward, settings, resolved_path(parsed.output), device)
 

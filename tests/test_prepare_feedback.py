@@ -88,6 +88,12 @@ def test_settings_without_meaning_are_refused(words, bad):
         prepare_feedback.main(words(**bad))
 
 
+def test_missing_weights_of_a_reward_are_one_line(words):
+    with pytest.raises(ConfigError, match="^Pretrained weights: no folder '/nowhere'") as caught:
+        prepare_feedback.main(["--reward=PickScore", "--reward.pretrained=/nowhere", *words()[1:]])
+    assert "\n" not in str(caught.value)
+
+
 def test_an_unknown_reward_names_the_known_ones(words):
     with pytest.raises(ConfigError, match="NoReward"):
         prepare_feedback.main(["--reward=NoReward", *words()[1:]])

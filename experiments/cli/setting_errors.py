@@ -31,8 +31,17 @@ def one_line(where: str) -> Iterator[None]:
     except KINDS as error:
         if not isinstance(error, MisconfigurationException) and not _raised_in(error.__traceback__, CHECKED_IN):
             raise
+        for cause in _causes(error):
+            if isinstance(cause, UserError):  # of a class that jsonargparse tried, among others, for a setting
+                raise cause from None
         missing = "a package is missing: " if isinstance(error, ImportError) else ""
         raise ConfigError(f"{where}: {missing}{' '.join(str(error).split())}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _raised_in(trace: TracebackType | None, packages: tuple[str, ...]) -> bool:
