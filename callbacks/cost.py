@@ -19,7 +19,7 @@ from torch import nn
 
 from callbacks.clock import EVALUATION, Seconds
 from lightning_modules.alignment import AlignmentModule
-from lightning_modules.batches import LatentPairs, PreferencePairs
+from lightning_modules.batches import LabelledPictures, LatentPairs, PreferencePairs
 from lightning_modules.files import atomic_file
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.training import note_step
@@ -46,7 +46,7 @@ class Cost(Callback):
     ``cost.json`` holds the history and, last, the end; each entry has
 
     - ``step``: optimizer steps;
-    - ``pairs``: pairs trained on;
+    - ``pairs``: pairs trained on, or single pictures;
     - ``data_pictures``: pictures of the data set that they took: two per pair, one where the objective reads the
       chosen one alone, none for pairs that the run has drawn itself;
     - ``drawn_pictures``: pictures decoded for the training, such as a step sampler's candidates;
@@ -207,6 +207,8 @@ def picture_decoders(trainer: pl.Trainer, module: pl.LightningModule) -> Iterato
 
 def data_pictures(module: pl.LightningModule, batch: Any) -> int:
     """How many of the data set's pictures a training step on this batch looks at."""
+    if isinstance(batch, LabelledPictures):
+        return len(batch)
     if not isinstance(batch, PreferencePairs | LatentPairs):
         return 0
     both = not isinstance(module, AlignmentModule) or module.objective.needs_rejected

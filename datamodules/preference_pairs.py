@@ -18,7 +18,7 @@ from datamodules.shards.bad_samples import BadSamples
 from datamodules.shards.download import Downloads
 from datamodules.shards.locate import open_shards
 from datamodules.stream.cursor import CursorDataModule, Segment
-from datamodules.stream.loading import FaultTolerantDataset, PairLoader, identity, ignore_signals
+from datamodules.stream.loading import FaultTolerantDataset, PairLoader, ShardSamples, identity, ignore_signals
 from datamodules.stream.order import ShuffledOrder, StoredOrder
 from datamodules.stream.positions import RunSampler
 from lightning_modules.errors import ConfigError, DataError
@@ -94,8 +94,8 @@ class PreferencePairsDataModule(CursorDataModule):
         )
         self.max_bad_share = max_bad_share
         self._bad: dict[str, BadSamples] = {}
-        self.train_set: PixelPairs | EncodedPairs | None = None
-        self.val_set: PixelPairs | EncodedPairs | None = None
+        self.train_set: ShardSamples | None = None
+        self.val_set: ShardSamples | None = None
         self._segment = Segment()
 
     def setup(self, stage: str) -> None:
@@ -114,11 +114,13 @@ class PreferencePairsDataModule(CursorDataModule):
     def _bad_samples_file(self) -> Path | None:
         return Path(self.trainer.default_root_dir) / bad_samples.FILE if self.trainer else None
 
-    def _open(self, names: str | list[str], shuffled: bool) -> PixelPairs | EncodedPairs:
+    def _open(self, names: str | list[str], shuffled: bool) -> ShardSamples:
         # A batch straddles two windows at most; a process that opened fewer would reopen shards in turn.
         shards = open_shards(names, self.downloads, max_open=2 * self.shuffle_shards)
         if shards.has_ties and not (self.ties and shards.latents is None):
             raise DataError(f"{names} holds ties, which have no chosen picture; prepare it again without --keep-ties")
+        if shards.kind == "pictures":
+            raise DataError(f"{names} holds single pictures, liked or not; train on those with KTO, as kto_tiny does")
         if shards.kind == "steps":
             raise DataError(f"{names} holds pairs of denoising steps; train on those with StepPoolDataModule")
         if len(shards) == 0:
@@ -168,7 +170,7 @@ class PreferencePairsDataModule(CursorDataModule):
         split: Sampler[int] = DistributedSampler(self.val_set, self.world_size, self.rank, shuffle=False)
         return self._loader(self.val_set, split if self.world_size > 1 else None)
 
-    def _loader(self, pairs: PixelPairs | EncodedPairs, sampler: Sampler[int] | None) -> PairLoader:
+    def _loader(self, pairs: ShardSamples, sampler: Sampler[int] | None) -> PairLoader:
         return PairLoader(
             FaultTolerantDataset(pairs, self._bad[pairs.shards.fingerprint()]),
             batch_size=self.batch_size,

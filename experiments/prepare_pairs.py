@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Manifest:
     for name in ("limit", "encode_with", "resolution", "dtype"):
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    columns, from_scores = _columns(args.columns), FromScores(args.pairs == "all", args.margin)
+    columns, from_scores = columns_of(args.columns), FromScores(args.pairs == "all", args.margin)
     tables = find_tables(args.input, args.split)
     if all(map(is_pickapic, tables)) and not columns:
         refuse_unread(tables[0], columns, from_scores)
@@ -106,7 +106,7 @@ def _stamp(picture: Picture) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _columns(text: str | None) -> dict[str, str]:
+def columns_of(text: str | None) -> dict[str, str]:
     """``chosen=a,rejected=b`` as a mapping."""
     entries = [entry.partition("=") for entry in text.split(",")] if text else []
     wrong = [role for role, sign, name in entries if not (role and sign and name)]

@@ -291,16 +291,16 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the shards; made where needed",
     )
-    add("--shard-size", type=_positive, default=1000, metavar="N", help="most pairs in a shard (1000)")
-    add("--workers", type=_positive, default=1, metavar="N", help="processes; with --encode-with one per GPU (1)")
-    add("--limit", type=_positive, metavar="N", help="read only the first N rows")
+    add("--shard-size", type=positive, default=1000, metavar="N", help="most pairs in a shard (1000)")
+    add("--workers", type=positive, default=1, metavar="N", help="processes; with --encode-with one per GPU (1)")
+    add("--limit", type=positive, metavar="N", help="read only the first N rows")
     add("--keep-ties", action="store_true", help="keep ties, label 0.5; only preference-model training can use them")
     add("--encode-with", metavar="CONFIG", help="store this experiment's latents and embeddings, not pictures")
-    add("--resolution", type=_positive, metavar="PX", help="side of the encoded squares (the policy's own size)")
+    add("--resolution", type=positive, metavar="PX", help="side of the encoded squares (the policy's own size)")
     add("--dtype", choices=("float16", "float32"), help="number type of stored latents and embeddings (float16)")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")

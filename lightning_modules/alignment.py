@@ -9,7 +9,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_modules.batches import Conditioning, LatentPairs, PreferencePairs, StepPairs
+from lightning_modules.batches import (
+    Conditioning,
+    LabelledLatents,
+    LabelledPictures,
+    LatentPairs,
+    PreferencePairs,
+    StepPairs,
+)
 from lightning_modules.errors import ConfigError
 from lightning_modules.learning_rates import ConstantWithWarmup
 from lightning_modules.objectives.base import LossOutput, Objective
@@ -20,7 +27,8 @@ from lightning_modules.training import TrainingModule
 from lightning_modules.weights.averaging import ExponentialMovingAverage
 from lightning_modules.weights.sharding import shard
 
-Batch = PreferencePairs | LatentPairs | StepPairs
+Encoded = LatentPairs | StepPairs | LabelledLatents
+Batch = PreferencePairs | LabelledPictures | Encoded
 
 
 class AlignmentModule(TrainingModule):
@@ -129,8 +137,21 @@ class AlignmentModule(TrainingModule):
         with torch.autocast(self.device.type, enabled=False):
             return self.objective.loss(pairs, query, policy_output, reference_output, schedule)
 
-    def _encode_images(self, batch: Batch, purpose: str) -> LatentPairs | StepPairs:
-        """Latents drawn from the VAE's posterior, as the official training does (cached shards hold its mean)."""
+    def _encode_images(self, batch: Batch, purpose: str) -> Encoded:
+        """Latents drawn from the VAE's posterior, as the official training does (cached shards hold its mean).
+
+        Raises:
+            ConfigError: pairs for an objective on single pictures, or the reverse.
+        """
+        if isinstance(batch, LabelledPictures | LabelledLatents) != self.objective.single_pictures:
+            wanted = "single pictures" if self.objective.single_pictures else "pairs"
+            raise ConfigError(
+                f"{type(self.objective).__name__} trains on {wanted}, and the data are {type(batch).__name__}; "
+                "KTO goes with SinglePicturesDataModule, the others with one of pairs"
+            )
+        if isinstance(batch, LabelledPictures):
+            latents = self.policy.encode_images(batch.pictures, self._generators(batch, purpose, "posterior", "single"))
+            return LabelledLatents(latents, batch.liked, batch.prompts, batch.time_ids, batch.indices)
         if not isinstance(batch, PreferencePairs):
             return batch
         chosen = self.policy.encode_images(batch.chosen, self._generators(batch, purpose, "posterior", "chosen"))
@@ -141,7 +162,7 @@ class AlignmentModule(TrainingModule):
         ids = (batch.chosen_time_ids, batch.rejected_time_ids, batch.indices)
         return LatentPairs(chosen, rejected, batch.prompts, *ids)
 
-    def _encode_prompts(self, pairs: LatentPairs | StepPairs, dropout: float) -> Conditioning:
+    def _encode_prompts(self, pairs: Encoded, dropout: float) -> Conditioning:
         """One row a pair; both pictures of a dropped pair lose their caption."""
         dropped = rand(self._generators(pairs, "caption_dropout")) < dropout
         if not isinstance(pairs, LatentPairs) or pairs.cond is None:

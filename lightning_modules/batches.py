@@ -180,6 +180,47 @@ class LatentPairs(Record):
 
 
 @dataclass(frozen=True)
+class LabelledPictures(Record):
+    """Single pictures, each liked or not, as a DataModule gives them.
+
+    Attributes:
+        pictures: RGB in [-1, 1].
+        liked: whether the picture is one to learn, else one to turn away from.
+        prompts: captions, length b.
+        time_ids: as ``chosen_time_ids`` of ``PreferencePairs``.
+        indices: position of each picture in the run's stream of samples; all its random draws are keyed by it.
+    """
+
+    pictures: Float[Tensor, "b 3 H W"]
+    liked: Bool[Tensor, " b"]
+    prompts: tuple[str, ...]
+    time_ids: Float[Tensor, "b 6"]
+    indices: Int[Tensor, " b"]
+
+    def __len__(self) -> int:
+        return self.pictures.shape[0]
+
+
+@dataclass(frozen=True)
+class LabelledLatents(Record):
+    """VAE latents of single pictures, multiplied by its scaling factor; what ``KTO`` trains on.
+
+    Attributes:
+        latents: of each picture.
+        liked, prompts, time_ids, indices: as in ``LabelledPictures``.
+    """
+
+    latents: Float[Tensor, "b c h w"]
+    liked: Bool[Tensor, " b"]
+    prompts: tuple[str, ...]
+    time_ids: Float[Tensor, "b 6"]
+    indices: Int[Tensor, " b"]
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+
+@dataclass(frozen=True)
 class StepPairs(Record):
     """Pairs of one denoising step: two ways to go on from the same noisy latents (SPO, arXiv 2406.04314).
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from pairs_data import write_shards
+from picture_data import write_both
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from datamodules.single_pictures import SinglePicturesDataModule
 from experiments import run
 from lightning_modules.errors import ConfigError
 
@@ -119,6 +121,26 @@ def test_two_processes_count_what_one_process_costs(checkpoints):
     assert (one["pairs"], one["data_pictures"], one["training_denoiser_rows"]) == (12, 24, 48)
     for name in ("pairs", "data_pictures", "training_denoiser_rows", "sampling_denoiser_rows"):
         assert two[name] == one[name]
+
+
+def test_two_processes_have_one_processs_losses_of_kto(tmp_path, pipelines, monkeypatch):
+    """Four pictures a batch, two on each of two processes, of which one has no liked one."""
+    both = write_both(tmp_path)
+    settings, data = CONFIG.replace("class_path: DPO", "class_path: KTO").split("data:\n")
+    settings = settings[: settings.index("  callbacks:")] + settings[settings.index("model:") :]
+    data = "  class_path: SinglePicturesDataModule\n  init_args: {{liked: %s, unliked: %s, positive_ratio: 0.3, "
+    data += "batch_size: {batch_size}, resolution: 64, seed: 7}}\n"
+    monkeypatch.setattr(f"{__name__}.CONFIG", settings + "data:\n" + data % tuple(both.values()))
+    train(tmp_path, "one", pipelines, None, devices=1, batch_size=4)
+    train(tmp_path, "two", pipelines, None, devices=2, batch_size=2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(set(one)) == 3
+    assert two == pytest.approx(one, rel=1e-5)
+    module = SinglePicturesDataModule(**both, batch_size=2, positive_ratio=0.3, seed=7, resolution=64)
+    module.setup("fit")
+    liked = torch.tensor([module.train_set[n].liked.item() for n in range(12)]).reshape(6, 2)  # a row per rank's batch
+    assert liked.any()
+    assert not liked.any(dim=1).all()
 
 
 @pytest.mark.parametrize(("rank", "how"), [(1, "raise"), (1, "kill"), (0, "raise"), (0, "kill")])

@@ -14,7 +14,7 @@ from torch import Tensor
 from datamodules.shards.pictures import MAX_PICTURE_PIXELS
 from datamodules.shards.reader import ShardSet
 from datamodules.shards.samples import Sample
-from datamodules.stream.loading import OrderedSamples
+from datamodules.stream.loading import ShardSamples
 from datamodules.stream.order import ShuffledOrder, StoredOrder
 from lightning_modules.batches import Conditioning, LatentPairs, PreferencePairs
 from lightning_modules.errors import DataError
@@ -51,12 +51,22 @@ class PairTransform:
         Raises:
             DataError: a picture is so narrow that resizing would make it larger than ``MAX_PICTURE_PIXELS``.
         """
-        flip, across, down = (0.0, 0.5, 0.5) if source is None else rand([source] * 3).tolist()
-        mirror = source is not None and self.horizontal_flip and flip < 0.5
-        position = (across, down) if source is not None and self.random_crop else (0.5, 0.5)
+        position, mirror = self._drawn(source)
         first, first_ids = self._square(chosen, position, mirror)
         second, second_ids = self._square(rejected, position, mirror)
         return first, second, first_ids, second_ids
+
+    def single(
+        self, image: Image.Image, source: torch.Generator | None
+    ) -> tuple[Float[Tensor, "3 H W"], Float[Tensor, " 6"]]:
+        """As of a pair, of a picture alone."""
+        return self._square(image, *self._drawn(source))
+
+    def _drawn(self, source: torch.Generator | None) -> tuple[tuple[float, float], bool]:
+        """Where to crop, and whether to mirror."""
+        flip, across, down = (0.0, 0.5, 0.5) if source is None else rand([source] * 3).tolist()
+        mirror = source is not None and self.horizontal_flip and flip < 0.5
+        return (across, down) if source is not None and self.random_crop else (0.5, 0.5), mirror
 
     def _square(
         self, image: Image.Image, position: tuple[float, float], mirror: bool
@@ -78,7 +88,7 @@ class PairTransform:
         return pixels, torch.tensor([height, width, top, left, side, side], dtype=torch.float32)
 
 
-class PixelPairs(OrderedSamples):
+class PixelPairs(ShardSamples):
     """Item n of the run's stream as a batch of one; flip and crop are drawn from (seed, n).
 
     Raises:
@@ -115,7 +125,7 @@ class PixelPairs(OrderedSamples):
         )
 
 
-class EncodedPairs(OrderedSamples):
+class EncodedPairs(ShardSamples):
     """Item n of the run's stream as a batch of one, from shards of latents: crop and flip are as encoded.
 
     Raises:

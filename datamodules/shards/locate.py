@@ -128,11 +128,11 @@ def _bare_remote(location: str, downloads: Downloads) -> tuple[list[Located], Ma
 
 def _bare(location: str, path: Path) -> tuple[list[Located], Manifest]:
     scanned = IndexedShard(path)
-    if scanned.kind != "pixels":
+    if scanned.kind not in ("pixels", "pictures"):
         raise DataError(
             f"{location}: {scanned.kind} without a {MANIFEST} cannot be checked against the policy; name the folder"
         )
     # Of the name a fingerprint is made; a URL or a command may end in anything.
     name = re.sub(r"[^\w.-]", "_", Path(location).name, flags=re.ASCII)[-200:].lstrip(".") or "_"
     info = ShardInfo(name, len(scanned.keys), path.stat().st_size)
-    return [Located(location, info)], Manifest("pixels", (info,))
+    return [Located(location, info)], Manifest(scanned.kind, (info,))

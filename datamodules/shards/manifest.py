@@ -67,7 +67,7 @@ class Manifest:
     """What a folder of shards holds and where it came from.
 
     Attributes:
-        kind: "pixels", "latents" or "steps".
+        kind: "pixels", "latents" or "steps", which are pairs, or "pictures", which are single.
         shards: the tar files, in order.
         counts: rows read, pairs kept, and what was dropped, by reason.
         settings: what the shards were made from and with; ``job`` is the hash of these.
@@ -100,7 +100,7 @@ class Manifest:
             raise DataError(f"{path}: format version {str(version)[:20]}, expected {FORMAT_VERSION}; prepare it again")
         try:
             return Manifest(
-                _one_of(value["kind"], ("pixels", "latents", "steps")),
+                _one_of(value["kind"], ("pixels", "latents", "steps", "pictures")),
                 tuple(ShardInfo(**shard) for shard in value["shards"]),
                 {str(name): int(count) for name, count in dict(value["counts"]).items()},
                 dict(value["settings"]),

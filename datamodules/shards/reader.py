@@ -6,6 +6,7 @@ members of one tar file that share a key, a zero-padded integer::
     000000012.chosen.jpg   000000012.rejected.jpg   000000012.json                     kind "pixels"
     000000012.latents.safetensors   [000000012.embeds.safetensors]   000000012.json    kind "latents"
     000000012.step.safetensors   000000012.json                                        kind "steps"
+    000000012.picture.jpg   000000012.json                                             kind "pictures"
 
 The encoded bytes of a picture pass through untouched. Nothing is ever pickled or unpickled. Shards without a
 manifest are accepted where their members are named as above.
@@ -40,7 +41,10 @@ from lightning_modules.errors import DataError
 # A picture of MAX_PICTURE_PIXELS has less, and so have the latents of one; a sample's json has some hundred bytes.
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 MAX_INFO_BYTES = 1024 * 1024
-_MEMBER = re.compile(r"(\d+)\.(json|(?:chosen|rejected)\.(?:jpg|jpeg|png|webp)|(?:latents|embeds|step)\.safetensors)")
+_MEMBER = re.compile(
+    r"(\d+)\.(json|(?:chosen|rejected|picture)\.(?:jpg|jpeg|png|webp)|(?:latents|embeds|step)\.safetensors)"
+)
+_FORMS = ({"chosen", "rejected"}, {"picture"}, {"latents"}, {"step"})  # what a sample has beside its json
 _BLOCK = 1 << 20
 REMEDY = "copy or download it again, or delete it and prepare the shards again"
 
@@ -81,10 +85,10 @@ class IndexedShard:
     def _check_samples(self) -> None:
         for key, row in self.rows.items():
             roles = {name.split(".")[0] for name in row}
-            if not any(roles >= {"json", *needed} for needed in ({"chosen", "rejected"}, {"latents"}, {"step"})):
+            if not any(roles >= {"json", *needed} for needed in _FORMS):
                 raise DataError(
                     f"shard {self.path}: sample {key} has only {sorted(row)}; needed are a json member and "
-                    f"a chosen and a rejected picture, or latents, or a step; {REMEDY}"
+                    f"a chosen and a rejected picture, or one picture, or latents, or a step; {REMEDY}"
                 )
 
     def _add(self, member: Member) -> None:
@@ -92,7 +96,7 @@ class IndexedShard:
         if match is None:
             raise DataError(
                 f"shard {self.path}: member {member.name!r} is not a sample: names are an integer key without a dot "
-                "and then .json, .chosen.jpg or .rejected.jpg (or png, webp), .latents.safetensors, "
+                "and then .json, .chosen.jpg, .rejected.jpg or .picture.jpg (or png, webp), .latents.safetensors, "
                 ".embeds.safetensors or .step.safetensors (a dot inside a key merges "
                 "samples); rename the members or prepare it again"
             )
@@ -145,6 +149,8 @@ class IndexedShard:
     def kind(self) -> str:
         names = {name for row in self.rows.values() for name in row}
         kinds = {"latents.safetensors": "latents", "step.safetensors": "steps"}
+        if any(name.startswith("picture.") for name in names):
+            return "pictures"
         return next((kind for member, kind in kinds.items() if member in names), "pixels")
 
 

@@ -40,6 +40,14 @@ def pixel_members(chosen: bytes, rejected: bytes, info: Mapping[str, Any]) -> di
     return members
 
 
+def picture_members(picture: bytes, info: Mapping[str, Any]) -> dict[str, bytes]:
+    """The members of a single encoded picture; ``info`` needs a "caption", and whether it is "liked"."""
+    suffix = picture_suffix(picture)
+    if suffix is None:
+        raise DataError(f"the picture is neither JPEG, PNG nor WebP: it begins with {picture[:8]!r}")
+    return {"json": _dump(info), f"picture.{suffix}": picture}
+
+
 def latent_members(
     latents: Mapping[str, Tensor], embeds: Mapping[str, Tensor] | None, info: Mapping[str, Any]
 ) -> dict[str, bytes]:
@@ -107,14 +115,14 @@ class Sample:
         return float(value)
 
     def picture(self, role: str) -> bytes:
-        """The encoded bytes of the "chosen" or the "rejected" picture."""
+        """The encoded bytes of the "chosen" or the "rejected" picture, or of the only one, "picture"."""
         for suffix in ("jpg", "jpeg", "png", "webp"):
             if f"{role}.{suffix}" in self.members:
                 return self.members[f"{role}.{suffix}"]
         raise self.bad(f"has no {role} picture")
 
     def image(self, role: str) -> Image.Image:
-        """The "chosen" or the "rejected" picture, decoded."""
+        """The "chosen" or the "rejected" picture, or the only one, "picture", decoded."""
         data = self.picture(role)
         try:
             return decode_picture(data)

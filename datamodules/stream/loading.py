@@ -16,6 +16,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.shards.bad_samples import BadSample, BadSampleError, BadSamples
+from datamodules.shards.reader import ShardSet
 from lightning_modules.batches import Record
 from lightning_modules.errors import DataError
 
@@ -100,6 +101,16 @@ class OrderedSamples(Dataset[Any], ABC):
 
     def __getitem__(self, n: int) -> Any:
         return self.item(n, n)
+
+
+class ShardSamples(OrderedSamples, ABC):
+    """Those of one set of shards.
+
+    Attributes:
+        shards: from which they are read.
+    """
+
+    shards: ShardSet
 
 
 @dataclass(frozen=True)

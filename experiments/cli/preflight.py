@@ -35,6 +35,8 @@ PACKAGE_OF = {
     "AdamW8bit": "bitsandbytes",
 }  # fmt: skip
 
+DATA_MODULES = ("PreferencePairsDataModule", "SinglePicturesDataModule", "StepPoolDataModule")
+
 
 def check(settings: Mapping[str, Any], job: str) -> None:
     """
@@ -140,6 +142,13 @@ def check_kind_of_pairs(tree: Mapping[str, Any]) -> None:
     kind = _class(objective) if objective is not None else None
     if data is None or kind is None:
         return
+    single = bool(getattr(kind, "single_pictures", False))
+    if single != (short(data) == "SinglePicturesDataModule") and (single or short(data) in DATA_MODULES):
+        raise ConfigError(
+            f"data {short(data)} is for {'pairs' if single else 'single pictures, liked or not'}, and model.objective "
+            f"{short(objective or '')} trains on {'single pictures, liked or not' if single else 'pairs'}; "
+            f"{'give SinglePicturesDataModule, as kto_tiny does' if single else 'use KTO, or a config of pairs'}"
+        )
     steps = {"eta", "guidance_scale"} <= set(inspect.signature(kind).parameters)
     if short(data) == "StepPoolDataModule" and not steps:
         raise ConfigError(
@@ -206,7 +215,9 @@ def _shards(key: str, value: Any, arguments: Mapping[str, Any]) -> Iterator[str]
                 continue
             path = resolved_path(location)
             if not path.exists():
-                yield f"{key}: {location} does not exist; prepare the pairs first (python -m experiments.prepare_pairs)"
+                what = "pictures" if key.endswith("liked") else "pairs"
+                command = f"python -m experiments.prepare_{what}"
+                yield f"{key}: {location} does not exist; prepare the {what} first ({command})"
             elif path.is_dir() and not (path / MANIFEST).exists():
                 yield f"{key}: {location} has no {MANIFEST}: its preparation has not finished; run it again"
 
@@ -249,6 +260,7 @@ def _not_on_the_hub(repository: str) -> str | None:
 
 
 CHECKS: dict[str, Callable[[str, Any, Mapping[str, Any]], Iterator[str]]] = {
-    "prompts": _prompts, "test_prompts": _prompts, "shards": _shards, "val_shards": _shards, "reuse": _pools,
+    "prompts": _prompts, "test_prompts": _prompts, "shards": _shards, "val_shards": _shards, "liked": _shards,
+    "unliked": _shards, "reuse": _pools,
     "pretrained": _weights, "unet": _weights, "vae": _weights, "processor": _weights, "checkpoint": _weights,
 }  # fmt: skip

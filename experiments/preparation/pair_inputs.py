@@ -88,8 +88,17 @@ def read_pairs(place: Path, columns: Mapping[str, str], from_scores: FromScores)
         refuse_unread(place, columns, from_scores)
         yield from _of_folders(place) if place.is_dir() else _of_tar(place)
     else:
-        rows = _of_parquet(place) if place.suffix.lower() == ".parquet" else _last_choices(list(_of_text(place)))
+        rows = table_rows(place) if place.suffix.lower() == ".parquet" else _last_choices(list(table_rows(place)))
         yield from pairs_of_rows(place, rows, columns, from_scores)
+
+
+def table_rows(table: Path) -> Iterator[Row]:
+    """The rows of a table, each with its place.
+
+    Raises:
+        DataError: it cannot be read, or is no table.
+    """
+    return _of_parquet(table) if table.suffix.lower() == ".parquet" else _of_text(table)
 
 
 def _of_folders(folder: Path) -> Iterator[FilePair]:

@@ -103,7 +103,7 @@ def pairs_of_rows(
     head = next(rows, None)
     if head is None:
         return
-    reader = _Reader(table, _names(table, head[1], columns))
+    reader = TableReader(table, _names(table, head[1], columns))
     if not any(role in reader.names for role in ("score", "scores", "score_0")):
         refuse_unread(table, {}, from_scores)
     groups: dict[str, list[tuple[Picture, float]]] = {}
@@ -168,7 +168,7 @@ def _names(table: Path, row: Mapping[str, Any], columns: Mapping[str, str]) -> d
 
 
 @dataclass(frozen=True)
-class _Reader:
+class TableReader:
     """What a row's columns hold, and what is wrong with it if they don't.
 
     Attributes:

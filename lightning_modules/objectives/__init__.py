@@ -7,6 +7,7 @@ from lightning_modules.objectives.dpo import DPO
 from lightning_modules.objectives.dspo import DSPO
 from lightning_modules.objectives.hinge import Hinge
 from lightning_modules.objectives.ipo import IPO
+from lightning_modules.objectives.kto import KTO
 from lightning_modules.objectives.mapo import MaPO
 from lightning_modules.objectives.pairwise import PairwiseObjective
 from lightning_modules.objectives.safeguard import Safeguard
@@ -14,6 +15,6 @@ from lightning_modules.objectives.sft import SFT
 from lightning_modules.objectives.spo import SPO
 
 __all__ = [
-    "DMPO", "DPO", "DSPO", "IPO", "SFT", "SPO", "AutomaticBeta", "Hinge", "LossOutput", "MaPO", "Objective",
+    "DMPO", "DPO", "DSPO", "IPO", "KTO", "SFT", "SPO", "AutomaticBeta", "Hinge", "LossOutput", "MaPO", "Objective",
     "PairwiseObjective", "Safeguard",
 ]  # fmt: skip

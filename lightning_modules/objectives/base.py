@@ -41,10 +41,12 @@ class Objective(ABC):
     Attributes:
         needs_reference: whether ``loss`` reads ``reference_output``.
         needs_rejected: whether it reads the rejected picture.
+        single_pictures: whether its batches are ``LabelledLatents`` and not pairs.
     """
 
     needs_reference: bool = True
     needs_rejected: bool = True
+    single_pictures: bool = False
 
     @abstractmethod
     def query(

@@ -36,6 +36,24 @@ class NoisedPairs(DenoiserQuery):
         return (output - self.target).square().mean(dim=(1, 2, 3))
 
 
+def noised(
+    pictures: Sequence[Float[Tensor, "b c h w"]],
+    conds: Sequence[Conditioning],
+    schedule: Schedule,
+    generators: Sequence[torch.Generator],
+) -> NoisedPairs:
+    """Where the network is asked about one or several pictures of each sample, which share noise and t."""
+    clean = torch.cat(list(pictures))
+    timesteps = schedule.draw(generators, clean.device).repeat(len(pictures))
+    noise = randn(clean.shape[1:], generators, clean.device).repeat(len(pictures), 1, 1, 1)
+    return NoisedPairs(
+        latents=schedule.add_noise(clean, noise, timesteps),
+        timesteps=timesteps,
+        cond=Conditioning.cat(conds),
+        target=schedule.target(clean, noise, timesteps),
+    )
+
+
 class PairwiseObjective(Objective):
     """Asks at the chosen picture, and at the rejected one unless ``needs_rejected`` is False, noised alike.
 
@@ -50,15 +68,7 @@ class PairwiseObjective(Objective):
             assert batch.rejected is not None
             pictures.append(batch.rejected)
             conds.append(cond.with_time_ids(batch.rejected_time_ids))
-        clean = torch.cat(pictures)
-        timesteps = schedule.draw(generators, clean.device).repeat(len(pictures))
-        noise = randn(clean.shape[1:], generators, clean.device).repeat(len(pictures), 1, 1, 1)
-        return NoisedPairs(
-            latents=schedule.add_noise(clean, noise, timesteps),
-            timesteps=timesteps,
-            cond=Conditioning.cat(conds),
-            target=schedule.target(clean, noise, timesteps),
-        )
+        return noised(pictures, conds, schedule, generators)
 
 
 @dataclass(frozen=True)
