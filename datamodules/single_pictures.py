@@ -66,20 +66,20 @@ class SinglePicturesDataModule(PreferencePairsDataModule):
         self.liked, self.unliked, self.positive_ratio = liked, unliked, positive_ratio
 
     def _open(self, names: str | list[str], shuffled: bool) -> SinglePictures:
-        shards, first = self._pictures(names), None
-        order: MixedOrder | ShuffledOrder | StoredOrder = StoredOrder(shards.sizes)
+        shards = self._pictures(names)
+        sizes, liked_shards = shards.sizes, None
+        order: MixedOrder | ShuffledOrder | StoredOrder = StoredOrder(sizes)
         if shuffled:
-            first = len(self._pictures(self.liked).sizes)
-            kinds = {"liked": shards.sizes[:first], "unliked": shards.sizes[first:]}
-            for kind, sizes in kinds.items():
-                if not sum(sizes):
-                    raise DataError(f"data.{kind} holds no pictures, and KTO wants liked and unliked ones")
-            order = ShuffledOrder(shards.sizes, self.seed, self.shuffle_shards)
+            liked_shards = len(self._pictures(self.liked).sizes)
+            liked, unliked = sizes[:liked_shards], sizes[liked_shards:]
+            if not (sum(liked) and sum(unliked)):
+                raise DataError(f"{names} lacks liked or unliked pictures, and KTO wants both; check their folders")
+            order = ShuffledOrder(sizes, self.seed, self.shuffle_shards)
             if self.positive_ratio is not None:
-                order = MixedOrder(*kinds.values(), self.seed, self.shuffle_shards, self.positive_ratio)
+                order = MixedOrder(liked, unliked, self.seed, self.shuffle_shards, self.positive_ratio)
         data = shards.fingerprint()
         self._bad[data] = BadSamples(str(names), data, len(shards), self.max_bad_share, self._bad_samples_file)
-        return SinglePictures(shards, order, self.transform, self.seed if shuffled else None, first)
+        return SinglePictures(shards, order, self.transform, self.seed if shuffled else None, liked_shards)
 
     def _pictures(self, names: str | list[str]) -> ShardSet:
         # A batch straddles two windows of either kind at most.

@@ -11,11 +11,18 @@ from objective_inputs import SCHEDULE, constant, loss_of
 from tiny_world import make, trainer
 from tiny_world import pairs as tiny_pairs
 
+from datamodules.prompts import prompt_texts
+from experiments.cli.compose import find_config, load
 from lightning_modules.batches import Conditioning, StepPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.objectives import DMPO, DPO, DSPO, IPO, SFT, SPO, AutomaticBeta, MaPO, Safeguard
+from lightning_modules.policies.adaptation import FullFineTuning
+from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.references import AdapterOff
+from lightning_modules.sampling.step_sampler import SeededDraws, StepSampler
+from lightning_modules.sampling.step_scorers import RewardScorer
 from lightning_modules.schedules.discrete import NoiseSchedule
+from lightning_modules.shapes.reward import ShapesReward
 
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 
@@ -391,3 +398,34 @@ def test_the_readmes_table_of_methods_counts_each_files_lines():
     for name, path, lines in rows:
         assert (root / path).name == name
         assert len((root / path).read_text().splitlines()) == int(lines), path
+
+
+def test_d3po_tiny_makes_twenty_pairs_of_each_prompts_two_finished_pictures():
+    """The config's sampler, with the world's reward: the first pair shares x_T, one label is on all of a prompt's."""
+    tree = load(find_config("d3po_tiny"))
+    settings = tree["data"]["init_args"]
+    sampler = StepSampler(**settings["sampler"] | {"guidance_scale": 2.0, "eta": 1.0})
+    assert tree["model"]["init_args"]["objective"]["init_args"]["beta"] == 0.1
+    policy = StableDiffusion("embedded/shapes", FullFineTuning())
+    scorer = RewardScorer(ShapesReward())
+    texts = prompt_texts("embedded/prompts/shapes_train.txt")[:2]
+    rollout = sampler.sample(policy, scorer, texts, SeededDraws(1, 0, [0, 1]))
+    assert len(rollout.comparisons) == 2
+    assert rollout.decodes == 4
+    assert rollout.unet_evaluations == 2 * 2 * (1 + 19 * 2)  # guidance, prompts; x_T is shared
+    assert rollout.comparisons.judged_at.tolist() == [0, 0]
+    valid = int(rollout.comparisons.valid.sum())
+    pairs = rollout.pairs
+    assert len(pairs) == 20 * valid > 0
+    own = pairs.rejected_latents
+    apart = (own - pairs.latents).flatten(1).abs().amax(dim=1) > 0
+    first = pairs.timesteps == pairs.timesteps.max()
+    assert torch.equal(apart, ~first)
+    for row in set(rollout.prompt_rows.tolist()):
+        mine = rollout.prompt_rows == row
+        assert len(set(pairs.timesteps[mine].tolist())) == 20
+        assert len(set(pairs.score_gap[mine].tolist())) == 1
+        # Each step begins where the one before has ended, on either side.
+        order = pairs.timesteps[mine].argsort(descending=True)
+        for ends, begins in ((pairs.chosen, pairs.latents), (pairs.rejected, own)):
+            assert torch.equal(ends[mine][order][:-1], begins[mine][order][1:])

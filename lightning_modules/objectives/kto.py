@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, distributed
 
 from lightning_modules.batches import Conditioning, LabelledLatents
@@ -69,8 +69,8 @@ class KTO(Objective):
         right = {"accuracy": accuracy(ahead)}
         metrics = {
             "baseline": baseline,
-            "gain_liked": beyond[liked].mean(),
-            "gain_unliked": beyond[~liked].mean(),
+            "gain_liked": _mean_of(beyond, liked),
+            "gain_unliked": _mean_of(beyond, ~liked),
             "liked": liked.float().mean(),
             "error": error.mean(),
             "accuracy": right["accuracy"].mean(),
@@ -85,3 +85,8 @@ def mean_over_ranks(values: Float[Tensor, " b"]) -> Float[Tensor, ""]:
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(total)
     return total[0] / total[1]
+
+
+def _mean_of(values: Float[Tensor, " b"], which: Bool[Tensor, " b"]) -> Float[Tensor, ""]:
+    """NaN where there is none; picking rows out would wait for the device."""
+    return values.where(which, 0.0).sum() / which.sum()
