@@ -107,10 +107,10 @@ def test_more_pictures_of_the_same_prompts_that_agree_with_each_other_say_nothin
     assert Mean.of([prompt * 8 for prompt in once]).standard_error == pytest.approx(Mean.of(once).standard_error)
 
 
-@pytest.mark.parametrize("row", [[1.0], [0.5, 0.5], [1.0, 0.0, 0.0], [1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]])
+@pytest.mark.parametrize("row", [[1.0], [0.5, 0.5], [1.0, 0.0, 0.0], [1.0] * 7 + [0.5] + [0.0] * 3])
 @pytest.mark.parametrize("prompts", [2, 7, 49])
 def test_prompts_that_are_all_alike_count_as_one_trial_each(row, prompts):
-    """Also where a third or a seventh, which no float is, leaves a variance of rounding."""
+    """Also where 7.5 / 11, times 11, is not 7.5: a variance of rounding is none."""
     rate = fmean(row)
     expected = wilson_interval(rate, prompts, student_quantile(prompts - 1))
     assert clustered_wilson([row] * prompts) == pytest.approx(expected, abs=1e-9)
