@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from callbacks.evaluation.pictures import PictureRequest
+from datamodules.prompt_sets import prompts_hash
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.rewards.base import RewardModel
@@ -55,7 +54,7 @@ class Protocol:
     def described(self, policy: DiffusionPolicy) -> dict[str, Any]:
         """The protocol as plain values, as ``win_rate.json`` keeps it and ``experiments.compare`` holds runs to it."""
         return {
-            "prompts": hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:16],
+            "prompts": prompts_hash(self.prompts),
             "number_of_prompts": len(self.prompts),
             "images_per_prompt": self.images_per_prompt,
             "image_size": self.image_size or policy.image_size,
