@@ -112,7 +112,7 @@ def _described(job: Job) -> list[dict[str, object]]:
 
 def _perform_all(job: Job, workers: int | None) -> None:
     from experiments.cli.workers import in_parallel
-    from experiments.evaluation.job import missing, perform
+    from experiments.evaluation.job import forget, missing, perform
 
     todo = list(missing(job))
     pictures = job.pictures * len(job.entries) * len(job.protocol.guidance)
@@ -124,6 +124,7 @@ def _perform_all(job: Job, workers: int | None) -> None:
                 perform(unit, job)
                 work.advance(job.size(unit), partial(str, unit.entry.label))
             return
+        forget()  # each process has its own, one of them on the same device
         kept = f"finished pictures and scores stay in {job.folder}"
         preload = ("experiments.evaluation.job", "callbacks.evaluation.scores", "lightning_modules.policies.sdxl")
         for unit, _ in in_parallel(partial(perform, job=job), todo, processes, preload, kept):

@@ -31,8 +31,7 @@ ROOT = Path(__file__).parent.parent
 def fresh():
     """Policies and judges that a command keeps for itself end with it, as its process does."""
     yield
-    jobs.loaded_policy.cache_clear()
-    jobs.loaded_rewards.cache_clear()
+    jobs.forget()
 
 
 @pytest.fixture
@@ -191,9 +190,10 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(tmp_path, words, monkeyp
 def test_a_finished_one_loads_nothing(tmp_path, words, monkeypatch):
     evaluate.main(words())
     whole = everything(tmp_path / "out")
-    monkeypatch.setattr(jobs, "loaded_policy", None)
-    monkeypatch.setattr(jobs, "loaded_rewards", None)
-    evaluate.main(words())
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "loaded_policy", None)
+        patch.setattr(jobs, "loaded_rewards", None)
+        evaluate.main(words())
     assert everything(tmp_path / "out") == whole
 
 
@@ -201,6 +201,7 @@ def test_two_processes_find_what_one_finds(tmp_path, words):
     evaluate.main(words())
     evaluate.main(words("--workers", "2", output="two"))
     assert everything(tmp_path / "two") == everything(tmp_path / "out")
+    assert jobs.loaded_rewards.cache_info().currsize == 0
 
 
 # What policies are

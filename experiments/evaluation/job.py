@@ -161,6 +161,16 @@ def loaded_rewards(settings: str) -> list[RewardModel]:
     return [reward.to(device) for reward in build_rewards(json.loads(settings))]
 
 
+def forget() -> None:
+    """Let go of this process's policy and judges, and of their memory."""
+    import torch
+
+    loaded_policy.cache_clear()
+    loaded_rewards.cache_clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def rewards_of(job: Job) -> list[RewardModel]:
     """This process's judges of a job."""
     return loaded_rewards(json.dumps(list(job.protocol.rewards)))
