@@ -40,7 +40,8 @@ def relabel_all(
     """
     folder, sizes = relabelling.folder, relabelling.shards.sizes
     found = {n: result for n in range(len(sizes)) if (result := finished(folder, n)) is not None}
-    work.advance(sum(sizes[n] for n in found))
+    if found:
+        work.advance(sum(sizes[n] for n in found))
     todo = [n for n in range(len(sizes)) if n not in found]
     if workers <= 1 or len(todo) <= 1:
         for n in todo:
