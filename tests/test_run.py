@@ -117,7 +117,7 @@ def test_packaged_configs_parse_and_say_what_they_cost(name, folder, capsys):
     ("below", "overlay"),
     [
         ("dpo_sd15", "lora"), ("dpo_sdxl", "lora"), ("dpo_sdxl", "sft"), ("dpo_sd15", "pickapic"),
-        ("dpo_sd15", "dmpo"), ("dpo_sdxl", "dmpo"), ("dpo_sd15", "dspo"), ("dpo_sdxl", "mapo"),
+        ("dpo_sd15", "dmpo"), ("dpo_sdxl", "dmpo"), ("dpo_sd15", "dspo"), ("dpo_sd15", "kto"), ("dpo_sdxl", "mapo"),
         ("dpo_sd15", "sdpo"), ("dpo_sdxl", "sdpo"), ("dpo_tiny", "automatic_beta"),
         ("dpo_sd15", "smaller_card"), ("spo_sd15", "smaller_card"),
     ],
@@ -129,7 +129,7 @@ def test_overlays_compose(below, overlay, folder, capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     expected = {"lora": ("reference", "lightning_modules.references.AdapterOff"),
                 "pickapic": None, "smaller_card": None}  # fmt: skip
-    objectives = {"sft": "SFT", "dmpo": "DMPO", "dspo": "DSPO", "mapo": "MaPO", "sdpo": "Safeguard",
+    objectives = {"sft": "SFT", "dmpo": "DMPO", "dspo": "DSPO", "mapo": "MaPO", "kto": "KTO", "sdpo": "Safeguard",
                   "automatic_beta": "AutomaticBeta"}  # fmt: skip
     expected |= {name: ("objective", f"lightning_modules.objectives.{kind}") for name, kind in objectives.items()}
     if overlay == "smaller_card":
