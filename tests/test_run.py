@@ -230,8 +230,8 @@ def test_only_a_data_module_that_knows_the_position_keeps_lightnings_samplers_aw
     ("words", "message"),
     [
         (["--config", "dpo_sd51"], "config 'dpo_sd51' is no file and no packaged config (did you mean 'dpo_sd15'?)"),
-        (["--config"], "--config wants a name; there are dpo_sd15.yaml, dpo_sd15_ai_feedback.yaml, dpo_sd15_lora.yaml"),
-        ([], "--config NAME is missing; there are dpo_sd15.yaml"),
+        (["--config"], "--config wants a name; there are d3po_sd15.yaml, d3po_tiny.yaml, dpo_sd15.yaml, dpo_sd15_ai"),
+        ([], "--config NAME is missing; there are d3po_sd15.yaml"),
         (["train", "--config", "toy.yaml"], "job 'train' is unknown"),
         (["--config", "broken.yaml"], "config broken.yaml: cannot be read as YAML"),
         (["--config", "list.yaml"], "config list.yaml: wants settings such as 'model: ...' at its top, got a list"),
@@ -304,7 +304,7 @@ def test_the_shell_sees_one_line_and_status_2(folder):
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: config 'nosuch' is no file and no packaged config; there are dpo_sd15.yaml")
+    assert done.stderr.startswith("error: config 'nosuch' is no file and no packaged config; there are d3po_sd15.yaml")
     assert done.stderr.count("\n") == 1
 
 
