@@ -36,11 +36,13 @@ def one_thread():
 
 @pytest.fixture
 def handlers():
-    """No signal handler of a run outlives it."""
+    """No signal handler of a run outlives it; SIGHUP is not ignored, as it is where nohup started the tests."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     yield
     assert [signal.getsignal(number) for number in numbers] == before
+    signal.signal(signal.SIGHUP, inherited)
 
 
 @pytest.fixture(scope="session")
