@@ -25,8 +25,9 @@ install: $(BIN)/installed  ## Make .venv and install the project with its test t
 demo: $(BIN)/installed  ## Align the embedded tiny Stable Diffusion with SPO and print base against aligned
 	$(BIN)/python -m experiments.demo --data $(DATA) --runs $(RUNS)
 
+# In the files' order: by number of tests, which is xdist's own, the long killing tests would come last, and alone.
 test: $(BIN)/installed  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(BIN)/installed  ## Style, formatting and the layers between packages
 	$(BIN)/ruff check .
