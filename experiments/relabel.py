@@ -32,12 +32,13 @@ from datamodules.shards.manifest import MANIFEST, Manifest
 from datamodules.shards.reader import ShardSet
 from experiments.cli.command import run_command
 from experiments.cli.compose import import_named
+from experiments.cli.configured_policy import device_of_this_process
 from experiments.cli.experiment_cli import OneLineParser
 from experiments.cli.setting_errors import one_line
 from experiments.prepare_pickapic import CAPTIONS, job_hash, output_folder, refuse_other
 from experiments.relabelling.agreement import THRESHOLDS, Judged, accuracy, agreement, by_gap
 from experiments.relabelling.scoring import MAX_NAMED, Relabelling, Settings, ShardResult
-from experiments.relabelling.units import device_of, forget, relabel_all
+from experiments.relabelling.units import forget, relabel_all
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.files import atomic_file, resolved_path
 from lightning_modules.progress import Work
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> Manifest:
         raise ConfigError(f"--workers must be at least 1, got {parsed.workers}")
     console, folder = Console(), resolved_path(parsed.output)
     workers = parsed.workers or max(1, torch.cuda.device_count())
-    relabelling = make(words, device_of(0))
+    relabelling = make(words)
     job = describe_job(relabelling.shards, relabelling.reward, relabelling.settings)
     if (folder / MANIFEST).exists():
         manifest = Manifest.read(folder / MANIFEST)
@@ -92,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> Manifest:
     return manifest
 
 
-def make(words: Sequence[str], device: torch.device) -> Relabelling:
-    """What the command line says, ready on a device.
+def make(words: Sequence[str]) -> Relabelling:
+    """What the command line says, ready on this process's device.
 
     Raises:
         ConfigError: settings without meaning, or shards that hold no pictures.
@@ -106,6 +107,7 @@ def make(words: Sequence[str], device: torch.device) -> Relabelling:
     shards = open_shards(parsed.shards)
     if shards.kind != "pixels":
         raise ConfigError(f"{parsed.shards} holds {shards.kind}, and a reward judges pictures; give shards of pixels")
+    device = torch.device(device_of_this_process())
     with one_line("--reward"):
         reward = as_reward_model(parser.instantiate(parsed).reward).to(device)
     settings = Settings(parsed.margin, parsed.batch_size)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from multiprocessing.connection import Connection
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from datamodules.shards.json_files import read_json, write_json
 from datamodules.shards.manifest import ShardInfo
-from experiments.cli.orphans import end_with
+from experiments.cli.workers import in_parallel
 from experiments.prepare_pickapic import UNITS
 from experiments.relabelling.agreement import Judged
 from experiments.relabelling.scoring import Relabelling, ShardResult
-from lightning_modules.errors import UserError
 from lightning_modules.progress import Work
-
-_relabelling: Relabelling | None = None  # of a worker process
 
 
 def relabel_all(
@@ -34,7 +26,7 @@ def relabel_all(
     Args:
         relabelling: this process's own.
         workers: processes; with one, this process does it.
-        make: what makes it of ``words`` and a device, in each of several processes.
+        make: what makes it of ``words``, in each of several processes.
         words: the command's.
         work: told of the pairs that are done.
     """
@@ -45,10 +37,11 @@ def relabel_all(
     todo = [n for n in range(len(sizes)) if n not in found]
     if workers <= 1 or len(todo) <= 1:
         for n in todo:
-            found[n] = relabelling.relabel(n, work.advance)
-            write_json(_marker(folder, n), _as_json(found[n]))
+            found[n] = _relabelled(n, relabelling, work.advance)
     else:
-        for n, result in _side_by_side(todo, min(workers, len(todo)), make, words, folder):
+        one = partial(_in_worker, make=make, words=tuple(words))
+        kept = f"finished shards stay in {folder}"
+        for n, result in in_parallel(one, todo, workers, ["experiments.relabelling.scoring"], kept):
             found[n] = result
             work.advance(sizes[n])
     return [found[n] for n in range(len(sizes))]
@@ -73,51 +66,19 @@ def forget(folder: Path) -> None:
         marker.unlink()
 
 
-def device_of(place: int) -> torch.device:
-    """The GPU of the process at that place, or the CPU where there is none."""
-    count = torch.cuda.device_count()
-    return torch.device("cuda", place % count) if count else torch.device("cpu")
-
-
-def _side_by_side(
-    todo: Sequence[int], workers: int, make: Callable[..., Relabelling], words: Sequence[str], folder: Path
-) -> Iterator[tuple[int, ShardResult]]:
-    # Not forked from here: threads of torch don't survive it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.relabelling.scoring"])
-    theirs, ours = context.Pipe(duplex=False)
-    places = context.Queue()
-    for place in range(workers):
-        places.put(place)
-    pool = ProcessPoolExecutor(workers, context, _begin, (theirs, places, make, list(words)))
-    try:
-        jobs: dict[Future[dict[str, Any]], int] = {pool.submit(_relabel_one, n): n for n in todo}
-        for job in as_completed(jobs):
-            yield jobs[job], _of_json(job.result())
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a worker process was killed, perhaps for want of memory; finished shards stay in {folder}: "
-            "run the command again, with fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-        ours.close()
-        theirs.close()
-        places.close()
-
-
-def _begin(main: Connection, places: Any, make: Callable[..., Relabelling], words: Sequence[str]) -> None:
-    """Make a worker process ready."""
-    global _relabelling
-    end_with(main)
-    _relabelling = make(words, device_of(places.get()))
-
-
-def _relabel_one(number: int) -> dict[str, Any]:
-    assert _relabelling is not None
-    result = _as_json(_relabelling.relabel(number, lambda _: None))
-    write_json(_marker(_relabelling.folder, number), result)
+def _relabelled(number: int, relabelling: Relabelling, advance: Callable[[int], None]) -> ShardResult:
+    result = relabelling.relabel(number, advance)
+    write_json(_marker(relabelling.folder, number), _as_json(result))
     return result
+
+
+def _in_worker(number: int, make: Callable[..., Relabelling], words: tuple[str, ...]) -> ShardResult:
+    return _relabelled(number, _of_this_process(make, words), lambda _: None)
+
+
+@lru_cache(maxsize=1)
+def _of_this_process(make: Callable[..., Relabelling], words: tuple[str, ...]) -> Relabelling:
+    return make(words)
 
 
 def _marker(folder: Path, number: int) -> Path:
