@@ -150,14 +150,23 @@ def caption_beside(pictures: Sequence[Picture], place: str) -> str:
     raise DataError(f"{place} has no prompt; {remedy}")
 
 
-def _names(table: Path, row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
-    """Role -> column of the table, for the roles that make a pair."""
+def by_role(table: Path, row: Mapping[str, Any], columns: Mapping[str, str], roles: Sequence[str]) -> dict[str, str]:
+    """Role -> column of the table: as the user names them, else by the columns' own names.
+
+    Raises:
+        ConfigError: the user names a role or a column that is not there.
+    """
     for role, name in columns.items():
-        if role not in ROLES:
-            raise ConfigError(f"--columns names {role!r}{nearest(role, ROLES)}; there are {', '.join(ROLES)}")
+        if role not in roles:
+            raise ConfigError(f"--columns names {role!r}{nearest(role, roles)}; there are {', '.join(roles)}")
         if name not in row:
             raise ConfigError(f"{table} has no column {name!r}{nearest(name, row)}; it has {', '.join(row)}")
-    found = {NAMES.get(name, name): name for name in row} | dict(columns)
+    return {NAMES.get(name, name): name for name in row} | dict(columns)
+
+
+def _names(table: Path, row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Role -> column of the table, for the roles that make a pair."""
+    found = by_role(table, row, columns, ROLES)
     for form in FORMS:
         if all(role in found for role in form):
             return {role: found[role] for role in (*form, "prompt") if role in found}

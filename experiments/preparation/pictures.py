@@ -12,8 +12,7 @@ from typing import Any, Literal
 from datamodules.shards.bad_samples import BadSampleError
 from datamodules.shards.pictures import decode_picture
 from datamodules.shards.reader import ShardSet
-from experiments.cli.compose import nearest
-from experiments.preparation.pair_rows import NAMES, Row, TableReader
+from experiments.preparation.pair_rows import Row, TableReader, by_role
 from lightning_modules.errors import ConfigError, DataError
 
 Mixed = Literal["liked", "unliked", "drop"]
@@ -116,12 +115,7 @@ def of_table(
 
 def _names(table: Path, row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
     """Role -> column of the table."""
-    for role, name in columns.items():
-        if role not in ROLES:
-            raise ConfigError(f"--columns names {role!r}{nearest(role, ROLES)}; there are {', '.join(ROLES)}")
-        if name not in row:
-            raise ConfigError(f"{table} has no column {name!r}{nearest(name, row)}; it has {', '.join(row)}")
-    found = {NAMES.get(name, name): name for name in row} | dict(columns)
+    found = by_role(table, row, columns, ROLES)
     if not {"image", "liked"} <= found.keys():
         pairs = {"chosen", "image_0"} & found.keys()
         hint = "; of pairs prepare_pairs makes shards, which can be given here" if pairs else ""
