@@ -10,6 +10,11 @@ from torch import Tensor
 from lightning_modules.errors import ConfigError
 from lightning_modules.rewards.base import RewardModel
 
+REFUSAL = (
+    "MPS: its weights are published only as a pickled module, and reading one runs whatever code it holds; score with "
+    "it in an environment of its own, behind HttpReward"
+)
+
 
 class MPS(RewardModel):
     """Refused by name: its weights are published only as a pickled module, and unpickling runs code out of the file.
@@ -22,10 +27,7 @@ class MPS(RewardModel):
 
     def __init__(self, pretrained: str | None = None) -> None:
         super().__init__()
-        raise ConfigError(
-            "MPS: its weights are published only as a pickled module, and reading one runs whatever code it holds; "
-            "score with it in an environment of its own, behind HttpReward"
-        )
+        raise ConfigError(REFUSAL)
 
     def score(self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " n"]:
-        raise NotImplementedError
+        raise ConfigError(REFUSAL)
