@@ -11,21 +11,35 @@ os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 # lightning 2.6 calls jsonargparse's former name for instantiating
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
+import pytest
+import torch
 from jaxtyping import install_import_hook
-
-install_import_hook(["lightning_modules", "datamodules", "callbacks", "experiments"], "beartype.beartype")
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import experiments  # noqa: E402, F401  # hands in where packaged files are
+from safetensors.torch import load_file
+from tqdm import tqdm
 
 tqdm.monitor_interval = 0
 
 TESTS = Path(__file__).parent
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+
+
+def pytest_addoption(parser):
+    add = parser.getgroup("benchmarks", "what tests/benchmarks run at").addoption
+    add(
+        "--size",
+        choices=("tiny", "mid", "sd15", "sdxl"),
+        default="tiny",
+        help="of networks and work; tiny shows nothing",
+    )
+    add("--device", default="cpu", help="cpu, whose CPU time is counted, or cuda")
+    add("--rounds", type=int, help="how often each way is timed, in turn (5; tiny 1)")
+    add("--results", help="JSON file that takes the rows; performance_page.py makes docs/performance.md of it")
+
+
+def pytest_configure(config):
+    if config.getoption("--size") == "tiny":  # what is timed for its numbers runs as it does in production
+        install_import_hook(["lightning_modules", "datamodules", "callbacks", "experiments"], "beartype.beartype")
+    import experiments  # noqa: F401  # hands in where packaged files are
 
 
 @pytest.fixture(autouse=True)

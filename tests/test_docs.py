@@ -5,7 +5,7 @@ import re
 from math import prod
 from pathlib import Path
 
-import bench_memory
+import memory_by_count
 import pytest
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ def test_every_known_answer_is_on_the_page_of_claims():
 # Memory
 
 
-@pytest.mark.parametrize("table", [bench_memory.network_table, bench_memory.training_table])
+@pytest.mark.parametrize("table", [memory_by_count.network_table, memory_by_count.training_table])
 def test_the_tables_of_the_page_on_memory_are_those_that_the_command_prints(table):
     assert table() in MEMORY
 
@@ -59,8 +59,8 @@ def test_the_tables_of_the_page_on_memory_are_those_that_the_command_prints(tabl
 @pytest.mark.parametrize(
     ("make", "count"),
     [
-        (lambda parameters: torch.optim.AdamW(parameters), bench_memory.adamw),
-        (lambda parameters: Adafactor(parameters, lr=1e-3, relative_step=False), bench_memory.adafactor),
+        (lambda parameters: torch.optim.AdamW(parameters), memory_by_count.adamw),
+        (lambda parameters: Adafactor(parameters, lr=1e-3, relative_step=False), memory_by_count.adafactor),
     ],
 )
 def test_moments_are_counted_as_optimizers_hold_them(make, count):
@@ -75,15 +75,15 @@ def test_moments_are_counted_as_optimizers_hold_them(make, count):
 
 def test_eight_bit_moments_by_hand():
     """2 bytes per number and two 4-byte scales per block of 256, begun ones too; below 4096 numbers 8 bytes each."""
-    assert bench_memory.eight_bit_adam([(512, 8)]) == 2 * 4096 + 8 * 16
-    assert bench_memory.eight_bit_adam([(4095,), (4097,)]) == 8 * 4095 + 2 * 4097 + 8 * 17
+    assert memory_by_count.eight_bit_adam([(512, 8)]) == 2 * 4096 + 8 * 16
+    assert memory_by_count.eight_bit_adam([(4095,), (4097,)]) == 8 * 4095 + 2 * 4097 + 8 * 17
 
 
 def test_a_training_is_counted_by_hand(monkeypatch):
     """A UNet of 100 numbers and a VAE of 10. Full: 4 bytes each and 2 frozen; LoRA of 6 numbers: 4 each, 2 frozen."""
-    monkeypatch.setattr(bench_memory, "numbers", {"unet": 100, "VAE": 10}.__getitem__)
-    monkeypatch.setattr(bench_memory, "trained_shapes", lambda unet, rank: [(10, 10)] if rank is None else [(2, 3)])
-    full = bench_memory.Training("unet", "full", None, ("VAE",), copy=True).bytes_held(2)
+    monkeypatch.setattr(memory_by_count, "numbers", {"unet": 100, "VAE": 10}.__getitem__)
+    monkeypatch.setattr(memory_by_count, "trained_shapes", lambda unet, rank: [(10, 10)] if rank is None else [(2, 3)])
+    full = memory_by_count.Training("unet", "full", None, ("VAE",), copy=True).bytes_held(2)
     assert (full["weights"], full["gradients"], full["copy"], full["AdamW"]) == (420, 400, 400, 8 * prod((10, 10)))
-    lora = bench_memory.Training("unet", "LoRA", 3, ("VAE",)).bytes_held(2)
+    lora = memory_by_count.Training("unet", "LoRA", 3, ("VAE",)).bytes_held(2)
     assert (lora["weights"], lora["gradients"], lora["copy"], lora["AdamW"]) == (24 + 220, 24, 0, 48)

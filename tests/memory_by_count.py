@@ -1,6 +1,6 @@
 """GPU memory by count: the tables of docs/memory.md.
 
-    python tests/bench_memory.py
+    python tests/memory_by_count.py
 
 The networks are the real classes with the published configurations, written out below, on torch's meta device: nothing
 is downloaded and no weight has memory. Counted are weights, gradients, the optimizer's moments and the reference's

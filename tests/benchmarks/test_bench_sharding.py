@@ -1,8 +1,4 @@
-"""What two processes hold of a training under DDP and under fsdp2, and what it costs them.
-
-Not collected by default. Run with
-
-    OMP_NUM_THREADS=1 python -m pytest tests/bench_sharding.py -s
+"""What two processes hold of a training under DDP and under fsdp2, and what it costs them; from ``--size mid`` on.
 
 DPO on a 35M-parameter UNet, with full fine-tuning and with LoRA; what each process holds of weights (the policy's and
 the frozen copy's), gradients and moments is counted; peak memory and CPU time are what the ``Cost`` callback says.
@@ -47,14 +43,12 @@ def held(folder, pipelines, name, adaptation, strategy):
     return numbers, cost["process_memory_bytes"] / 1e6, cost["cpu_seconds"]
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("name", "adaptation"), [("full fine-tuning", FULL), ("LoRA", LORA)])
-def test_what_a_process_holds(folder, pipelines, name, adaptation, capsys):
+def test_what_a_process_holds(folder, pipelines, name, adaptation, request, rows):
+    if request.config.getoption("--size") == "tiny":
+        pytest.skip("starts eight processes: --size mid")
     found = {strategy: held(folder, pipelines, name, adaptation, strategy) for strategy in ("ddp", "fsdp2")}
-    with capsys.disabled():
-        for strategy, (numbers, peak, seconds) in found.items():
-            millions = " and ".join(f"{number / 1e6:.1f}M" for number in numbers)
-            print(
-                f"\n{name}, {strategy}: {millions} numbers held, peak {peak:.0f} MB, {seconds:.1f} CPU seconds", end=""
-            )
+    for strategy, (numbers, peak, seconds) in found.items():
+        millions = [number / 1e6 for number in numbers]
+        rows.add(f"{name}, {strategy}", millions_held=tuple(millions), peak_mb=peak, cpu_seconds=seconds)
     assert max(found["fsdp2"][0]) < 0.6 * min(found["ddp"][0])
