@@ -1,10 +1,12 @@
 """The demo's roads at their smallest: pairs or pools, training, judging, resuming, comparing."""
 
 import json
+import shlex
 
 import pytest
+import yaml
 
-from experiments import demo
+from experiments import demo, run
 
 SMALL = """
 trainer:
@@ -73,6 +75,13 @@ def test_dpo_draws_trains_judges_and_goes_on_where_it_stopped(tmp_path, capsys, 
     assert len(commands(capsys)) == 2
 
 
+def test_kto_learns_from_the_same_pictures_one_by_one(tmp_path, capsys, small):
+    demo.main(["--methods", "dmpo", "kto", "--pairs", "8", *small])
+    assert last_judged(tmp_path / "runs" / "demo-kto-seed42") == ("test", 2, 4)
+    names = [line.split()[3].removeprefix("experiments.") for line in commands(capsys)]
+    assert names == ["prepare_feedback", "prepare_pickapic", "run", "run", "prepare_pictures", "run", "run", "compare"]
+
+
 def test_spo_and_its_control_learn_from_pools_and_are_compared(tmp_path, capsys, small):
     demo.main(["--methods", "spo", "shuffled", *small, "--config", str(tmp_path / "pools.yaml")])
     names = ["demo-spo-seed42", "demo-shuffled-seed42"]
@@ -81,3 +90,13 @@ def test_spo_and_its_control_learn_from_pools_and_are_compared(tmp_path, capsys,
     assert (tmp_path / "runs" / "demo-comparison" / "index.html").is_file()
     costs = [json.loads((tmp_path / "runs" / name / "cost.json").read_text())[-1] for name in names]
     assert costs[0]["drawn_pictures"] == costs[1]["drawn_pictures"] > 0  # the control judges too
+
+
+@pytest.mark.parametrize("method", demo.METHODS)
+def test_every_methods_settings_are_a_config(method, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run.main([*shlex.split(demo.METHODS[method]), "--print_config"])
+    assert ended.value.code in (0, None)
+    objective = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["objective"]["class_path"]
+    expected = {"shuffled": "SPO", "d3po": "SPO", "sdpo": "Safeguard"}.get(method, method.replace("_", ""))
+    assert objective.split(".")[-1].lower() == expected.lower()
