@@ -56,7 +56,7 @@ class Plan:
         moment: from when on.
         depth: how far into the writing: lines of the writer's code, or the end of it if that comes first; how many
             forward passes of that kind to let pass.
-        timeline: where to write the moments of an evaluation_mode run with their seconds.
+        timeline: where to write the moments of an uninterrupted run with their seconds.
     """
 
     def __init__(

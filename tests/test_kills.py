@@ -301,7 +301,7 @@ class Killed:
 
 
 class Chain:
-    """One kind of run, once evaluation_mode and then killed many times.
+    """One kind of run, once uninterrupted and then killed many times.
 
     Attributes:
         killed: all strikes so far.
@@ -321,7 +321,7 @@ class Chain:
                  "--trainer.callbacks+=kill_probe.Probe"]  # fmt: skip
         return Order(words, str(self.folder / f"{run}.log"), str(run_dir), ranks=self.kind.ranks)
 
-    def evaluation_mode(self, harness: Harness) -> Path:
+    def uninterrupted(self, harness: Harness) -> Path:
         """The run as it should be. Kills are drawn from its moments and their seconds."""
         return self.finish(harness, replace(self.order("whole"), timeline=str(self.timeline)))
 
@@ -399,7 +399,7 @@ class Chain:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_killed_some_times_ends_as_if_it_had_not_been(name: str, harness: Harness, world: Path, pipelines: Path):
     chain = Chain(name, world, pipelines)
-    whole = chain.evaluation_mode(harness)
+    whole = chain.uninterrupted(harness)
     for killed in chain.strike(harness, "killed", kills=chain.kind.kills, seed=1):
         chain.check(whole, killed)
     assert {HITS[place] for place in chain.kind.places} <= chain.hits().keys(), chain.row()
@@ -411,7 +411,7 @@ def test_a_run_killed_some_times_ends_as_if_it_had_not_been(name: str, harness: 
 def test_fifty_kills(name: str, harness: Harness, world: Path, pipelines: Path, capsys: pytest.CaptureFixture[str]):
     """Five runs are killed ten times each, each by a server of its own: another seed of Python's hashes."""
     chain = Chain(name, world, pipelines)
-    whole = chain.evaluation_mode(harness)
+    whole = chain.uninterrupted(harness)
     for seed in range(2, 7):
         with Harness() as fresh:
             runs = chain.strike(fresh, f"killed-{seed}", kills=10, seed=seed)
