@@ -1,8 +1,8 @@
 """A DPO training step, full fine-tuning, against the official one, restated from the formulas.
 
-The official step (train.py:1020-1145): both pictures of a pair through the VAE in one pass, the prompts through the text
-encoder, one noise and one timestep per pair, policy and a frozen copy of the UNet on both, AdamW. From cached latents the
-framework reads what the first two would compute.
+The official step (train.py:1020-1145): both pictures of a pair through the VAE in one pass, the prompts through the
+text encoder, one noise and one timestep per pair, policy and a frozen copy of the UNet on both, AdamW. From cached
+latents the framework reads what the first two would compute.
 """
 
 import copy
@@ -14,7 +14,7 @@ from networks import policy
 from torch.nn.functional import logsigmoid
 
 from lightning_modules.alignment import AlignmentModule
-from lightning_modules.batches import DenoiserQuery, LatentPairs, PreferencePairs
+from lightning_modules.batches import Conditioning, DenoiserQuery, LatentPairs, PreferencePairs
 from lightning_modules.objectives import DPO
 from lightning_modules.policies.adaptation import FullFineTuning
 from lightning_modules.randomness import generator, randn
@@ -39,7 +39,7 @@ class Official:
             noise = randn(posterior.mean.shape[1:], draws, policy.device)
             latents = (posterior.mean + posterior.std * noise) * policy.vae.config.scaling_factor
             cond = policy.encode_prompts(batch.prompts)
-            cond = type(cond).cat(
+            cond = Conditioning.cat(
                 [cond.with_time_ids(batch.chosen_time_ids), cond.with_time_ids(batch.rejected_time_ids)]
             )
         draws = [generator(0, "train", "noise", n) for n in index(batch)]

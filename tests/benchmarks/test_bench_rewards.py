@@ -1,9 +1,9 @@
 """Scoring pictures, against the same network's own forwards on inputs that are ready.
 
 From ``--size mid`` on the networks have the layers of CLIP ViT-L/14 and of BLIP-L (ViT-L/16), with random weights. The
-forwards are one of the picture network per picture, and one of the text network per different prompt; ImageReward's text
-network looks at the picture, so that it has one per picture. Everything else is the reward's: 8-bit rounding, resizing,
-cropping, tokenising, looking up texts.
+forwards are one of the picture network per picture, and one of the text network per different prompt; ImageReward's
+text network looks at the picture, so that it has one per picture. Everything else is the reward's: 8-bit rounding,
+resizing, cropping, tokenising, looking up texts.
 """
 
 import json

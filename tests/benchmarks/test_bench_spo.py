@@ -1,7 +1,7 @@
 """SPO's pool, training step and whole iteration against the official ones, restated in ``official_spo.py``.
 
-Equal draws give equal pairs, losses and gradients; what differs is the work. The threshold is chosen so that half of the
-comparisons are valid, as the paper's counts assume.
+Equal draws give equal pairs, losses and gradients; what differs is the work. The threshold is chosen so that half of
+the comparisons are valid, as the paper's counts assume.
 """
 
 import statistics

@@ -3,7 +3,7 @@
 import json
 
 from alternating import alternate
-from performance_page import DOCS, page
+from performance_page import DOCS, page, table
 
 
 def test_the_table_of_the_page_on_performance_is_made_of_its_rows():
@@ -21,9 +21,7 @@ def test_a_row_by_hand():
         "own_seconds": [2, 2, 2],
         "memory_ratio": 0.5,
     }
-    lines = performance_page.table(
-        {"A": own | context, "B": {"milliseconds": [0.5, 1.25, 2.0], **context}}
-    ).splitlines()
+    lines = table({"A": own | context, "B": {"milliseconds": [0.5, 1.25, 2.0], **context}}).splitlines()
     assert lines[2] == "| A; memory 0.50 of theirs | plain | 1.00 / **2.00** / 3.00 | 4, 2 | mid, 2, 2026-01-02, CPU |"
     assert lines[-1] == "| B | milliseconds 0.5 / 1.25 / 2 | mid, 2, 2026-01-02, CPU |"
 
