@@ -240,7 +240,9 @@ class PoolMaker:
         with self.strategy.precision_plugin.forward_context():
             checked = max(0, self.decoder_checks - first)
             rollout = self._roll_out(numbers[first : first + recipe.prompts_per_batch], number, checked, hidden)
-        transitions = [step.timestep for step in self.policy.schedule.trajectory(recipe.sampler.steps)]
+        side = self.policy.image_size // self.policy.downscale
+        trajectory = self.policy.schedule.trajectory(recipe.sampler.steps, side * side)
+        transitions = [step.timestep for step in trajectory]
         dtype = torch.float16 if recipe.latents_dtype == "float16" else torch.float32
         pool.write(chunk, first * len(transitions), rollout, transitions, dtype)
 

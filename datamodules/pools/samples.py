@@ -119,5 +119,5 @@ def _read(kind: type[StepPairs], info: dict[str, Any], tensors: dict[str, Tensor
 
 
 def _number(value: Any, timestep: bool) -> int | float:
-    """Timesteps are integers where the schedule's are, everything else is fp32."""
-    return int(value) if timestep and float(value).is_integer() else float(value)
+    """Timesteps are integers where the schedule's are (a flow's 1000.0 is none), everything else is fp32."""
+    return value if timestep and isinstance(value, int) else float(value)

@@ -22,9 +22,9 @@ from lightning_modules.schedules.base import Schedule, gaussian_log_prob
 class SPO(Objective):
     """L = -log sigmoid(beta (log r_w - log r_l)), r = clamp(p_policy / p_reference, 1 - ratio_clip, 1 + ratio_clip).
 
-    p is the density of the DDIM step x_t -> x_{t-1}; log p is averaged over c, h, w, as in the official
-    train_spo.py:551-586. Where chosen and rejected share x_t, policy and reference are evaluated there once, not
-    twice as in the official step: same loss, same gradient, half the cost.
+    p is the density of the step x_t -> x_{t-1}, DDIM's or that of a flow's rule; log p is averaged over c, h, w, as in
+    the official train_spo.py:551-586. Where chosen and rejected share x_t, policy and reference are evaluated there
+    once, not twice as in the official step: same loss, same gradient, half the cost.
 
     Args:
         beta: multiplies the difference of **mean** log-ratios, which the clip keeps within
@@ -33,6 +33,9 @@ class SPO(Objective):
             teaches nothing: watch ``clip_fraction``.
         eta: eta of the DDIM step; the sampler that made the pairs must have used the same, and above 0.
         guidance_scale: guidance of policy and reference alike, with gradient through both branches; the sampler's.
+        normalise: whether a step's log-ratios are divided by its ``gain``, before anything else. None leaves it to the
+            schedule: a flow's are, for there the gain grows thirtyfold from the first step to the last and no clip fits
+            both; Stable Diffusion's are not, as in the paper.
 
     Logged: ``margin`` (log r_w - log r_l), ``accuracy`` (margin > 0, ties half), ``ratio_chosen`` and
     ``ratio_rejected`` (clipped), ``clip_fraction`` (of the 2 b ratios), ``score_gap`` (the scorer's, not the policy's),
@@ -46,6 +49,7 @@ class SPO(Objective):
     ratio_clip: float = 0.1
     eta: float = 1.0
     guidance_scale: float = 5.0
+    normalise: bool | None = None
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -86,6 +90,8 @@ class SPO(Objective):
         policy = self._log_probs(batch, query, policy_output, schedule)
         reference = self._log_probs(batch, query, reference_output, schedule)
         free = policy - reference
+        if schedule.divides_by_gain if self.normalise is None else self.normalise:
+            free = free / schedule.gain(batch.timesteps, batch.next_timesteps, self.eta)
         # Clipping r is clipping log r, and stays finite however far the policy has gone.
         low, high = math.log1p(-self.ratio_clip), math.log1p(self.ratio_clip)
         log_ratio = free.clamp(low, high)

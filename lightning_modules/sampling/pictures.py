@@ -1,4 +1,4 @@
-"""Pictures from prompts: DDIM with classifier-free guidance, the same loop for policy and reference."""
+"""Pictures from prompts: DDIM, or a flow's steps, with classifier-free guidance; one loop for policy and reference."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Sampler:
     """How pictures are made; an evaluation freezes and records one of these.
 
     Args:
-        steps: DDIM steps.
+        steps: DDIM steps, or a flow's.
         guidance_scale: classifier-free guidance against the empty prompt (arXiv 2207.12598); 1 turns it off.
-        eta: 0 is deterministic DDIM, 1 has DDPM's variance (arXiv 2010.02502, equation 16).
+        eta: 0 is deterministic (DDIM, Euler for a flow), 1 has DDPM's variance (arXiv 2010.02502, equation 16), or all
+            of the noise of a flow's step rule.
     """
 
     steps: int = 20
@@ -57,7 +58,7 @@ class Sampler:
         """
         cond = policy.encode_prompts(prompts)
         latents = noise.to(policy.device, torch.float32)
-        for step in policy.schedule.trajectory(self.steps):
+        for step in policy.schedule.trajectory(self.steps, latents.shape[-2] * latents.shape[-1]):
             start = torch.full((len(prompts),), step.timestep, device=latents.device)
             end = torch.full_like(start, step.next_timestep)
             output = predict_noise(DenoiserQuery(latents, start, cond, self.guidance_scale))

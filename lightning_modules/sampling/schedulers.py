@@ -16,6 +16,7 @@ from lightning_modules.batches import DenoiserQuery
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.sampling.pictures import Denoise, Sampler
+from lightning_modules.schedules.discrete import NoiseSchedule
 
 # Samplers of models that were trained with betas; each takes any such model's scheduler configuration.
 KNOWN = (
@@ -84,6 +85,11 @@ class SchedulerSampler(Sampler):
         if config is None:
             raise ConfigError(
                 f"sampler: {type(policy).__name__} has no scheduler configuration of diffusers; use Sampler, its own"
+            )
+        if not isinstance(policy.schedule, NoiseSchedule):
+            raise ConfigError(
+                f"sampler: {self.scheduler} is for models that were trained with betas, and {type(policy).__name__} is "
+                "a flow; use Sampler, whose levels are those of its pipeline"
             )
         scheduler = getattr(diffusers, self.scheduler).from_config(dict(config))
         if getattr(scheduler.config, "clip_sample", False):

@@ -91,11 +91,16 @@ class StepSampler:
     num_inner_step 3.
 
     Args:
-        steps: DDIM steps.
+        steps: DDIM steps, or steps of a flow's rule.
         guidance_scale: classifier-free guidance, as the objective's.
-        eta: eta of the DDIM step, as the objective's; above 0, or there is nothing to choose from.
+        eta: eta of the DDIM step, or what a flow's rule is multiplied by, as the objective's; above 0, or there is
+            nothing to choose from.
         candidates: k.
         branch_from_step: steps before it are plain; 4 of 20 starts at t = 751, where pictures begin to differ.
+        branch_until_step: steps from it on are not compared; None compares all that draw noise (a flow's last step
+            draws none).
+        plain_eta: eta of the plain steps; None is ``eta``, 0 takes them without noise, as MixGRPO (arXiv 2507.21802)
+            does outside of its window.
         threshold: a pair is valid if softmax([best score, worst score])[0] - [1] is above it; in [0, 1), or a
             ``Threshold`` that differs from step to step.
         continuation: which candidate the trajectory goes on from. The paper's is "random"; "best" and "worst" are
@@ -114,6 +119,8 @@ class StepSampler:
     continuation: Continuation = "random"
     num_inner_step: int = 0
     decode_batch: int = 8
+    branch_until_step: int | None = None
+    plain_eta: float | None = None
 
     def __post_init__(self) -> None:
         wanted = {
@@ -121,6 +128,11 @@ class StepSampler:
             "eta": (0 < self.eta <= 1, "in (0, 1]: without noise all candidates are one"),
             "candidates": (self.candidates >= 2, "at least 2"),
             "branch_from_step": (0 <= self.branch_from_step < self.steps, f"in [0, steps = {self.steps})"),
+            "branch_until_step": (
+                self.branch_until_step is None or self.branch_from_step < self.branch_until_step <= self.steps,
+                f"null, or above branch_from_step and at most steps = {self.steps}",
+            ),
+            "plain_eta": (self.plain_eta is None or 0 <= self.plain_eta <= 1, "null or in [0, 1]"),
             "threshold": (
                 isinstance(self.threshold, Threshold) or 0 <= self.threshold < 1,
                 "in [0, 1), a difference of two probabilities",
@@ -177,20 +189,35 @@ class StepSampler:
 
     def _roll_out(self, walk: _Walk, after_step: Callable[[int], None]) -> Rollout:
         policy = walk.policy
-        trajectory = policy.schedule.trajectory(self.steps)
-        starts = torch.tensor([step.timestep for step in trajectory])
-        policy.schedule.require_random_steps(starts, torch.tensor([step.next_timestep for step in trajectory]))
-        thresholds = self.thresholds(trajectory, policy.schedule)
         side = policy.image_size // policy.downscale
+        trajectory = policy.schedule.trajectory(self.steps, side * side)
+        end = self._end(policy.schedule.random_steps(trajectory))
+        thresholds = self.thresholds(trajectory, policy.schedule)
         walk.start((policy.latent_channels, side, side))
         for step in trajectory[: self.branch_from_step]:
             walk.advance(step)
             after_step(step.index + 1)
-        for first in range(self.branch_from_step, self.steps, self.num_inner_step + 1):
-            group = trajectory[first : first + self.num_inner_step + 1]
+        for first in range(self.branch_from_step, end, self.num_inner_step + 1):
+            group = trajectory[first : min(first + self.num_inner_step + 1, end)]
             walk.compare(group, thresholds[first], finished=group[-1] is trajectory[-1])
             after_step(group[-1].index + 1)
+        if end < self.steps:  # what is left compares nothing, and no pair asks where it leads
+            after_step(self.steps)
         return walk.rollout()
+
+    def _end(self, random: int) -> int:
+        """The step before which comparisons end.
+
+        Args:
+            random: how many of the trajectory's first steps have a density.
+        """
+        end = random if self.branch_until_step is None else min(random, self.branch_until_step)
+        if end <= self.branch_from_step:
+            raise ConfigError(
+                f"step sampler: of {self.steps} steps the first {random} draw noise, and branch_from_step is "
+                f"{self.branch_from_step}: none is left to compare; lower it or take more steps"
+            )
+        return end
 
 
 def best_and_worst(scores: Float[Tensor, "k b"]) -> tuple[Int[Tensor, "2 b"], Float[Tensor, " b"]]:
@@ -235,7 +262,9 @@ class _Walk:
 
     def advance(self, step: Step) -> None:
         """A plain step of every trajectory."""
-        self.latents = self._step(self.latents, self._predict(self.latents, step.timestep), step, copies=1)
+        output = self._predict(self.latents, step.timestep)
+        eta = self.sampler.eta if self.sampler.plain_eta is None else self.sampler.plain_eta
+        self.latents = self._step(self.latents, output, step, 1, eta)
         self.output = None
 
     def compare(self, group: Sequence[Step], threshold: float, finished: bool) -> None:
@@ -308,7 +337,7 @@ class _Walk:
             output = self._predict(before, step.timestep) if output is None else output
             if number == 0:
                 before, output = before.repeat(k, 1, 1, 1), output.repeat(k, 1, 1, 1)
-            after = self._step(before, output, step, copies=k)
+            after = self._step(before, output, step, k, self.sampler.eta)
             yield before, after
             before, output = after, None
 
@@ -362,11 +391,11 @@ class _Walk:
         cond = Conditioning.cat([self.cond] * copies)
         return self.policy.predict_noise(DenoiserQuery(latents, timesteps, cond, guidance_scale))
 
-    def _step(self, latents: Tensor, output: Tensor, step: Step, copies: int) -> Tensor:
+    def _step(self, latents: Tensor, output: Tensor, step: Step, copies: int, eta: float) -> Tensor:
         noise = self._noise(copies, latents.shape[1:])
         starts = torch.full((len(latents),), step.timestep, device=self.device)
         ends = torch.full_like(starts, step.next_timestep)
-        return self.policy.schedule.step(output, latents, starts, ends, self.sampler.eta, noise)
+        return self.policy.schedule.step(output, latents, starts, ends, eta, noise)
 
     def _noise(self, copies: int, shape: Sequence[int]) -> Tensor:
         return self.draws.randn(copies, shape).flatten(0, 1).to(self.device)

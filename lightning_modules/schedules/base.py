@@ -37,9 +37,11 @@ class Schedule(ABC):
 
     Attributes:
         clean: the timestep at which a trajectory ends, below every other.
+        divides_by_gain: whether log-ratios of its steps are divided by ``gain`` unless an objective says otherwise.
     """
 
     clean: int | float
+    divides_by_gain: bool = False
 
     @property
     @abstractmethod
@@ -47,8 +49,12 @@ class Schedule(ABC):
         """T, of which ``progress`` is a fraction."""
 
     @abstractmethod
-    def trajectory(self, steps: int) -> tuple[Step, ...]:
+    def trajectory(self, steps: int, cells: int | None = None) -> tuple[Step, ...]:
         """The steps of a ``steps``-step sampler, from noise to clean latents.
+
+        Args:
+            steps: how many.
+            cells: height times width of the latents, for a schedule that depends on it.
 
         Raises:
             ConfigError: a number of steps that the schedule does not have.
@@ -90,6 +96,29 @@ class Schedule(ABC):
         eta: float,
     ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, " n"]]:
         """Mean and standard deviation of p(x_next | x_t)."""
+
+    def random_steps(self, trajectory: tuple[Step, ...]) -> int:
+        """How many of a trajectory's first steps have a density; what follows is certain and compares nothing.
+
+        Raises:
+            ConfigError: a step is certain that should not be.
+        """
+        starts = torch.tensor([step.timestep for step in trajectory])
+        self.require_random_steps(starts, torch.tensor([step.next_timestep for step in trajectory]))
+        return len(trajectory)
+
+    def gain(
+        self, timesteps: Real[Tensor, " n"], next_timesteps: Real[Tensor, " n"], eta: float
+    ) -> Float[Tensor, " n"]:
+        """|d mean / d output| / std of each step: how much its log-ratio feels the network.
+
+        On Stable Diffusion's 20 steps it is 0.6 to 1.1, but 5.4 in the last but one; on a flow's ten it goes from 0.04
+        to 1.2.
+        """
+        none = torch.zeros(len(timesteps), 1, 1, 1, device=timesteps.device)
+        at_one, std = self.step_distribution(none + 1, none, timesteps, next_timesteps, eta)
+        at_zero, _ = self.step_distribution(none, none, timesteps, next_timesteps, eta)  # the mean is linear
+        return (at_one - at_zero).abs().flatten() / std
 
     @abstractmethod
     def require_random_steps(self, timesteps: Real[Tensor, " n"], next_timesteps: Real[Tensor, " n"]) -> None:

@@ -77,7 +77,7 @@ class NoiseSchedule(Schedule):
             config.get("steps_offset", 0),
         )
 
-    def trajectory(self, steps: int) -> tuple[Step, ...]:
+    def trajectory(self, steps: int, cells: int | None = None) -> tuple[Step, ...]:
         """Equal to diffusers' ``DDIMScheduler.set_timesteps`` for each spacing; a step is T / steps long."""
         total = self.num_timesteps
         if not 0 < steps <= total:
