@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from datamodules.shapes.data import ShapesDataModule
 from lightning_modules.errors import ConfigError
@@ -97,3 +97,11 @@ def test_the_same_seed_trains_the_same_weights(pipeline: Path):
 def test_a_folder_without_autoencoder_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="no autoencoder in"):
         AutoencoderModule(str(tmp_path))
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(pipeline: Path):
+    file = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if not name.startswith("decoder.conv_out")}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"does not hold the weights of the AutoencoderKL.*decoder\.conv_out"):
+        AutoencoderModule(str(pipeline))

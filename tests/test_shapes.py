@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import lightning as L
@@ -12,6 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from datamodules.shapes.data import ShapesDataModule, ShapesPairs
 from datamodules.shapes.drawing import (
@@ -244,6 +246,15 @@ def test_trained_parts_are_assembled(built: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="no trained vae in"):
         build_shapes_pipeline.main(["--output", str(tmp_path / "other"), "--trained", str(tmp_path)])
     assert not (tmp_path / "other").exists()
+
+
+def test_a_trained_part_without_some_weights_is_refused(built: Path, tmp_path: Path):
+    shutil.copytree(built, tmp_path / "short")
+    file = tmp_path / "short" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k != "conv_in.bias"}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"does not hold the weights of the UNet2DConditionModel.*conv_in\.bias"):
+        build_shapes_pipeline.main(["--output", str(tmp_path / "new"), "--trained", str(tmp_path / "short")])
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_pipeline_folder_is_never_overwritten(built: Path):

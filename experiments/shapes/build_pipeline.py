@@ -26,6 +26,7 @@ from experiments.cli.command import run_command
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_folder
 from lightning_modules.shapes.world import SCENES, SIDE
+from lightning_modules.weights.pretrained import Pretrained
 
 TOKENS = 12  # 8 words, start and end, and two to spare
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -147,18 +148,19 @@ def assemble(folder: Path, sources: list[Path]) -> None:
     UNet and autoencoder are stored in fp16.
 
     Raises:
-        ConfigError: no folder has one of the networks.
+        ConfigError: no folder has one of the networks, or its weights are not those of its configuration.
     """
     for name, network in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
         found = [source / name for source in sources if (source / name / "config.json").is_file()]
         if not found:
             places = ", ".join(str(source) for source in sources)
             raise ConfigError(f"no trained {name} in {places}; train it first, or name the folder that holds it")
-        shutil.rmtree(folder / name)
-        trained: Any = network.from_pretrained(found[-1])
         # transformers loads weights in the type that they are stored in, diffusers in fp32: an fp16 text encoder
         # would not fit its UNet in a plain from_pretrained. It is a twentieth of the folder.
-        trained.to(torch.float32 if name == "text_encoder" else torch.float16).save_pretrained(folder / name)
+        dtype = torch.float32 if name == "text_encoder" else torch.float16
+        trained = Pretrained.find(str(found[-1])).load_model(network, dtype)
+        shutil.rmtree(folder / name)
+        trained.save_pretrained(folder / name)
         config = folder / name / "config.json"
         settings = json.loads(config.read_text(encoding="utf-8"))
         settings.pop("_name_or_path", None)  # where it lay here means nothing elsewhere

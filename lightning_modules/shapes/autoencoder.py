@@ -17,6 +17,7 @@ from lightning_modules.batches import PreferencePairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_folder
 from lightning_modules.randomness import generator, randn
+from lightning_modules.weights.pretrained import Pretrained
 
 
 def psnr(reconstruction: Float[Tensor, "n 3 h w"], images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
@@ -46,7 +47,7 @@ class AutoencoderModule(L.LightningModule):
         seed: seed of the posterior's noise, which is keyed by sample.
 
     Raises:
-        ConfigError: ``pipeline`` holds no autoencoder.
+        ConfigError: ``pipeline`` holds no autoencoder, or other weights than its configuration describes.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class AutoencoderModule(L.LightningModule):
                 f"no autoencoder in {self.folder}: want a diffusers pipeline folder with vae/config.json; "
                 "make one with python -m experiments.shapes.build_pipeline --output FOLDER"
             )
-        self.vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", torch_dtype=torch.float32)
+        self.vae = Pretrained.find(str(self.folder)).component("vae").load_model(AutoencoderKL, torch.float32)
         self.vae.to(memory_format=torch.channels_last).train()  # a fifth of the CPU time of convolutions
         self.learning_rate, self.warmup_steps, self.kl_weight = learning_rate, warmup_steps, kl_weight
         self.freeze_encoder_after, self.seed = freeze_encoder_after, seed
