@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
+from lightning_modules.batches import Conditioning, Record
 from lightning_modules.errors import ConfigError
 
 REMEMBERED = 16384  # prompts whose features a reward keeps: 64 MB of CLIP-H's
@@ -145,3 +148,75 @@ class StepRewardModel(FrozenScorer):
             prompts: one prompt per picture; the same one comes many times, see ``remembered``.
             timesteps: the t of each prediction; 0 for a finished picture.
         """
+
+
+class LatentStepRewardModel(FrozenScorer):
+    """Scores noisy latents against prompts, given the timestep; higher is better. LPO's (arXiv 2502.01051) is one.
+
+    Attributes:
+        latent_channels: c.
+        added_conditions: the kind of base model whose latents it knows, by what a UNet of that kind reads besides the
+            prompt's tokens: None for Stable Diffusion 1.x and 2.x, "text_time" for SDXL.
+    """
+
+    latent_channels: int
+    added_conditions: str | None
+
+    @abstractmethod
+    def score(
+        self, latents: Float[Tensor, "n c h w"], prompts: Sequence[str], timesteps: Real[Tensor, " n"]
+    ) -> Float[Tensor, " n"]:
+        """One score per row, in fp32 on the latents' device.
+
+        Args:
+            latents: noisy, scaled as the policy's.
+            prompts: one per row; the same ones come at every step of a rollout.
+            timesteps: as the policy's schedule counts.
+        """
+
+
+@dataclass(frozen=True)
+class ReadPrompts(Record):
+    """What a preference model makes of prompts before it sees anything.
+
+    Attributes:
+        text: unit vectors that features are compared with.
+        context: what the model reads of the prompts while it looks, if it does.
+        negative: of the empty prompt, one row, for models with guidance.
+    """
+
+    text: Float[Tensor, "n d"]
+    context: Conditioning | None = None
+    negative: Conditioning | None = None
+
+    def __getitem__(self, rows: Int[Tensor, " m"]) -> ReadPrompts:
+        return ReadPrompts(self.text[rows], None if self.context is None else self.context[rows], self.negative)
+
+
+class PreferenceModel(FrozenScorer):
+    """What ``StepAwarePreferenceModule`` trains: exp(logit_scale) cos(what is seen at a timestep, prompt)."""
+
+    @property
+    @abstractmethod
+    def logit_scale(self) -> Float[Tensor, ""]:
+        """What multiplies the cosine; with gradient where the model trains."""
+
+    @abstractmethod
+    def read_prompts(self, prompts: Sequence[str]) -> ReadPrompts:
+        """One row per prompt, fp32. With gradients where the model trains."""
+
+    @abstractmethod
+    def encode_seen(
+        self, seen: Float[Tensor, "n ..."], timesteps: Int[Tensor, " n"], prompts: ReadPrompts
+    ) -> Float[Tensor, "n d"]:
+        """Unit vectors, fp32. With gradients where the model trains.
+
+        Args:
+            seen: what a ``View`` makes of noisy pictures.
+            timesteps: of each.
+            prompts: one row for each.
+        """
+
+    @abstractmethod
+    def save_pretrained(self, folder: Path, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -> None:
+        """Write a folder that the class loads, whole or not at all."""

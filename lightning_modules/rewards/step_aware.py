@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_modules.rewards.base import RewardModel, StepRewardModel
+from lightning_modules.rewards.base import PreferenceModel, ReadPrompts, RewardModel, StepRewardModel
 from lightning_modules.rewards.clip import ClipPreprocessing, read_tokenizer, text_embeds, tokenize
 from lightning_modules.rewards.step_aware_files import load_clip, save_folder
 from lightning_modules.rewards.time_conditioning import time_conditioned_embeds
 from lightning_modules.weights.pretrained import DTYPES, Pretrained, dtype_name
 
 
-class StepAwarePreferenceModel(StepRewardModel, RewardModel):
+class StepAwarePreferenceModel(StepRewardModel, RewardModel, PreferenceModel):
     """exp(logit_scale) cos(picture, prompt), where the picture's features depend on its timestep.
 
     It judges x0-predictions: the picture that a denoiser expects behind noise of timestep t. Without timesteps it is
@@ -84,6 +84,14 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel):
     ) -> Float[Tensor, "n d"]:
         """As ``encode_images``, for pictures that went through ``preprocess``."""
         return time_conditioned_embeds(self.model, pixels, timesteps)
+
+    def read_prompts(self, prompts: Sequence[str]) -> ReadPrompts:
+        return ReadPrompts(self.encode_text(prompts))
+
+    def encode_seen(
+        self, seen: Float[Tensor, "n 3 H W"], timesteps: Int[Tensor, " n"], prompts: ReadPrompts
+    ) -> Float[Tensor, "n d"]:
+        return self.encode_images(seen, timesteps)
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
