@@ -109,7 +109,7 @@ class StepPoolDataModule(CursorDataModule):
         pairs_per_step: int | None = None,
     ) -> None:
         super().__init__(batch_size, pairs_per_step)
-        check_settings(prompts, scorer, decoder_checks, fill, reuse)
+        check_settings(prompts, scorer, decoder, decoder_checks, fill, reuse)
         texts = [] if prompts is None else prompt_texts(prompts)
         self.recipe = PoolRecipe(sampler, texts, prompts_per_pool, prompts_per_batch, seed, latents_dtype)
         self.sampler, self.scorer = sampler, scorer
@@ -131,6 +131,8 @@ class StepPoolDataModule(CursorDataModule):
             return
         check_trainer(self._running)
         check_objective(self._objective, "data.sampler", asdict(self.sampler))
+        if self.scorer is not None:
+            self.scorer.check(self._policy)
 
     @property
     def _running(self) -> Any:
@@ -299,6 +301,7 @@ class StepPoolDataModule(CursorDataModule):
 def check_settings(
     prompts: str | list[str] | None,
     scorer: StepScorer | None,
+    decoder: TinyDecoder | None,
     decoder_checks: int,
     fill: tuple[int, int] | None,
     reuse: list[str] | None,
@@ -309,6 +312,8 @@ def check_settings(
     """
     if decoder_checks < 0:
         raise ConfigError(f"data.decoder_checks must be 0 (none) or more prompts, got {decoder_checks}")
+    if decoder is not None and scorer is not None and not scorer.sees_pictures:
+        raise ConfigError(f"data.decoder makes pictures, and {type(scorer).__name__} looks at none; leave it out")
     if reuse is None and (prompts is None or scorer is None):
         raise ConfigError("data.prompts and data.scorer make a pool; give both, or kept pools as data.reuse")
     if reuse == [] or (reuse and fill):

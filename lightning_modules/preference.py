@@ -1,4 +1,5 @@
-"""Trains SPO's step-aware preference model: which of two pictures will be liked, seen from any timestep?"""
+"""Trains SPO's step-aware preference model and LPO's latent one: which of two pictures will be liked, seen from any
+timestep?"""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.preference_loss import agreement, labels_from_scores, of_all_ranks, preference_loss
 from lightning_modules.preference_views import DecodedPrediction, View
 from lightning_modules.randomness import randint, randn
+from lightning_modules.rewards.base import PreferenceModel, ReadPrompts
 from lightning_modules.rewards.function import Reward, as_reward_model
-from lightning_modules.rewards.step_aware import StepAwarePreferenceModel
 from lightning_modules.training import TrainingModule
 
 
@@ -66,36 +67,41 @@ class RewardLabels(LabelSource):
 
 
 class StepAwarePreferenceModule(TrainingModule):
-    """Trains ``preference`` on the x0-predictions of a frozen policy (arXiv 2406.04314, section 3.2).
+    """Trains ``preference`` on what it sees of noised pictures (arXiv 2406.04314, section 3.2; arXiv 2502.01051).
 
-    Both pictures of a pair are noised with the same noise to the same timestep, uniform over all; the preference
-    model sees what ``sees`` makes of them, t and the prompt, and learns the label with ``preference_loss`` over the
-    pairs of all ranks. All draws are keyed by ``seed`` and the pair's index.
+    Both pictures of a pair are noised to the same timestep; the preference model sees what ``sees`` makes of them, t
+    and the prompt, and learns the label with ``preference_loss`` over the pairs of all ranks. All draws are keyed by
+    ``seed`` and the pair's index.
 
     Logged: ``loss``, ``accuracy`` (ties of the labels are left out), ``margin`` (chosen score less rejected score) and
     ``tie_fraction``; in validation also ``accuracy/t0``, ..., and ``accuracy`` is their mean: stop when it falls.
 
     Args:
-        policy: draws the x0-predictions; frozen here whatever its adaptation says.
+        policy: its VAE makes the latents, and it draws the x0-predictions that SPO's model sees; frozen here whatever
+            its adaptation says.
         preference: the model under training.
         labels: who says which picture is preferred.
         optimizer: an optimizer of all of the preference model's parameters.
         lr_scheduler: stepped once per optimizer step.
-        guidance_scale: classifier-free guidance of the policy's pass.
+        guidance_scale: classifier-free guidance of the policy's pass; the latent reward model has its own.
         in_batch_negatives: see ``preference_loss``.
         validation_timesteps: timesteps at which accuracy is measured; the same noise for all of them.
         vae_batch_size: pictures that go through the VAE at a time, to bound its memory.
         seed: the run's seed; the YAMLs set it to ``${seed_everything}``.
         sees: what of the noised pictures the preference model judges.
+        sampler_steps: t is drawn from the timesteps of a sampler with as many steps, LPO's 20: 951, 901, ..., 1. None
+            draws from all, SPO's.
+        independent_noise: each picture of a pair has noise of its own, LPO's; SPO gives both the same.
 
     Raises:
-        ConfigError: timesteps that the policy's schedule does not have; a preference model that is not in fp32.
+        ConfigError: timesteps that the policy's schedule does not have; a preference model that is not in fp32, or that
+            cannot judge what ``sees`` makes.
     """
 
     def __init__(
         self,
         policy: DiffusionPolicy,
-        preference: StepAwarePreferenceModel,
+        preference: PreferenceModel,
         labels: LabelSource,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable = ConstantWithWarmup,
@@ -105,6 +111,8 @@ class StepAwarePreferenceModule(TrainingModule):
         vae_batch_size: int = 8,
         seed: int = 0,
         sees: View = DecodedPrediction(),  # noqa: B008  # frozen
+        sampler_steps: int | None = None,
+        independent_noise: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed)
         total = policy.schedule.num_timesteps
@@ -114,10 +122,13 @@ class StepAwarePreferenceModule(TrainingModule):
             raise ConfigError(
                 f"model wants guidance_scale and vae_batch_size >= 1, got {guidance_scale} and {vae_batch_size}"
             )
+        sees.check(policy, preference)
+        steps = range(total) if sampler_steps is None else policy.schedule.trajectory(sampler_steps)
+        self.candidates = torch.tensor([step if isinstance(step, int) else step.timestep for step in steps])
         self.policy = policy.requires_grad_(False)
         self.preference = preference.requires_grad_(True)
         self.labels, self.sees, self.guidance_scale = labels, sees, guidance_scale
-        self.in_batch_negatives = in_batch_negatives
+        self.in_batch_negatives, self.independent_noise = in_batch_negatives, independent_noise
         self.validation_timesteps, self.vae_batch_size = validation_timesteps, vae_batch_size
         self.train()
 
@@ -130,22 +141,23 @@ class StepAwarePreferenceModule(TrainingModule):
 
     def training_step(self, batch: PreferencePairs, batch_idx: int) -> Tensor:
         latents, noise = self._latents(batch, "train")
-        timesteps = randint(self.policy.schedule.num_timesteps, self._generators(batch, "timestep"), self.device)
+        drawn = randint(len(self.candidates), self._generators(batch, "timestep"))
+        timesteps = self.candidates[drawn].to(self.device)
         seen = self.view(latents, noise, timesteps, self._conditioning(batch))
-        labels, text = self.labels(batch), self.preference.encode_text(batch.prompts)
-        loss, metrics = self._judge(seen, text, timesteps, labels, batch.weights)
+        labels, prompts = self.labels(batch), self.preference.read_prompts(batch.prompts)
+        loss, metrics = self._judge(seen, prompts, timesteps, labels, batch.weights)
         self._means["train"].add({"loss": loss.detach()} | metrics, len(batch))
         return loss
 
     def validation_step(self, batch: PreferencePairs, batch_idx: int) -> None:
         latents, noise = self._latents(batch, "val")
         cond, labels = self._conditioning(batch), self.labels(batch)
-        text = self.preference.encode_text(batch.prompts)
+        prompts = self.preference.read_prompts(batch.prompts)
         found = []
         for t in self.validation_timesteps:
             timesteps = torch.full((len(batch),), t, device=self.device)
             seen = self.view(latents, noise, timesteps, cond)
-            loss, metrics = self._judge(seen, text, timesteps, labels, batch.weights)
+            loss, metrics = self._judge(seen, prompts, timesteps, labels, batch.weights)
             self._means["val"].add({f"accuracy/t{t}": metrics["accuracy"]}, len(batch))
             found.append({"loss": loss} | metrics)
         means = {name: torch.stack([metrics[name] for metrics in found]).mean() for name in found[0]}
@@ -159,19 +171,24 @@ class StepAwarePreferenceModule(TrainingModule):
         latents: Float[Tensor, "n c h w"],
         noise: Float[Tensor, "n c h w"],
         timesteps: Int[Tensor, " b"],
-        cond: Conditioning,
+        cond: Conditioning | None,
     ) -> Float[Tensor, "n ..."]:
         """What the preference model sees of the pictures, each noised to its pair's timestep.
 
         Args:
             latents: clean; b chosen pictures, then b rejected ones.
-            noise: likewise; both pictures of a pair have the same.
+            noise: likewise.
             timesteps: one per pair.
-            cond: one row per picture.
+            cond: one row per picture; None where the policy is not asked.
         """
         steps = timesteps.repeat(2)
         noisy = self.policy.schedule.add_noise(latents, noise, steps)
-        return self.sees(self.policy, DenoiserQuery(noisy, steps, cond, self.guidance_scale), self._decode)
+
+        def predict() -> Tensor:
+            assert cond is not None, "this view asks the policy: its asks_policy must be True"
+            return self.policy.predict_noise(DenoiserQuery(noisy, steps, cond, self.guidance_scale))
+
+        return self.sees(self.policy, noisy, steps, predict, self._decode)
 
     def _decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
         return torch.cat([self.policy.decode(chunk) for chunk in latents.split(self.vae_batch_size)])
@@ -185,11 +202,16 @@ class StepAwarePreferenceModule(TrainingModule):
         chunks = [slice(start, start + size) for start in range(0, len(pictures), size)]
         latents = torch.cat([self.policy.encode_images(pictures[chunk], draws[chunk]) for chunk in chunks])
         noise = randn(latents.shape[1:], self._generators(batch, purpose, "noise"), latents.device)
-        return latents, noise.repeat(2, 1, 1, 1)
+        if not self.independent_noise:
+            return latents, noise.repeat(2, 1, 1, 1)
+        other = randn(latents.shape[1:], self._generators(batch, purpose, "noise", "rejected"), latents.device)
+        return latents, torch.cat([noise, other])
 
     @torch.no_grad()
-    def _conditioning(self, batch: PreferencePairs) -> Conditioning:
-        """One row per picture, each with its own micro-conditioning."""
+    def _conditioning(self, batch: PreferencePairs) -> Conditioning | None:
+        """One row per picture, each with its own micro-conditioning; None where the policy is not asked."""
+        if not self.sees.asks_policy:
+            return None
         cond = self.policy.encode_prompts(batch.prompts)
         ids = (batch.chosen_time_ids, batch.rejected_time_ids)
         return Conditioning.cat([cond.with_time_ids(own) for own in ids])
@@ -199,14 +221,15 @@ class StepAwarePreferenceModule(TrainingModule):
     def _judge(
         self,
         seen: Float[Tensor, "n ..."],
-        text: Float[Tensor, "b d"],
+        prompts: ReadPrompts,
         timesteps: Int[Tensor, " b"],
         labels: Float[Tensor, " b"],
         weights: Float[Tensor, " b"] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss over the pairs of all ranks, and metrics over this rank's."""
-        chosen, rejected = self.preference.encode_images(seen, timesteps.repeat(2)).chunk(2)
-        scale = self.preference.logit_scale
+        both = torch.arange(len(timesteps), device=self.device).repeat(2)
+        chosen, rejected = self.preference.encode_seen(seen, timesteps.repeat(2), prompts[both]).chunk(2)
+        scale, text = self.preference.logit_scale, prompts.text
         weights = torch.ones_like(labels) if weights is None else weights
         with torch.autocast(self.device.type, enabled=False):
             features = of_all_ranks(torch.stack([chosen, rejected, text]))

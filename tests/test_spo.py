@@ -34,9 +34,9 @@ def known_pairs(known):
         rejected=known["x_prev_lose"],
         timesteps=known["timesteps"],
         next_timesteps=(known["timesteps"] - STEP).clamp(min=-1),
-        prompts=("a",) * 6,
-        score_gap=torch.full((6,), 0.5),
-        indices=torch.arange(6),
+        prompts=("a",) * len(known["timesteps"]),
+        score_gap=torch.full((len(known["timesteps"]),), 0.5),
+        indices=torch.arange(len(known["timesteps"])),
     )
 
 
@@ -120,6 +120,31 @@ def test_log_probs_of_policy_and_reference_are_the_official_ones(golden):
         for end, name in (("x_prev_win", "win"), ("x_prev_lose", "lose")):
             actual = gaussian_log_prob(known[end], mean, std)
             torch.testing.assert_close(actual, known[f"{prefix}_{name}"], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("prefix", "objective"), [("", SPO(beta=500.0)), ("beta100_eps0.03.", SPO(100.0, 0.03))])
+def test_at_lpos_beta_it_is_lpos_loss_and_gradient(golden, prefix, objective):
+    known = golden("lpo_loss")
+    policy = known["noise_pred"].clone().requires_grad_()
+    output = spo(known_pairs(known), policy, known["noise_ref_pred"], objective)
+    torch.testing.assert_close(output.loss, known[f"{prefix}loss"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(output.loss.double(), known[f"{prefix}loss_fp64"], rtol=1e-4, atol=0)
+    output.loss.backward()
+    for name in ("grad_noise_pred_shared", "grad_noise_pred_shared_fp64"):
+        expected = known[f"{prefix}{name}"]
+        assert (policy.grad - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_where_lpos_own_formula_overflows_the_loss_and_its_gradient_are_the_exact_ones(golden):
+    known = {name.removeprefix("extreme."): value for name, value in golden("lpo_loss").items() if "extreme." in name}
+    assert known["loss_official_fp32"].isinf()
+    assert known["grad_official_fp32_is_nan"].any()
+    policy = known["noise_pred"].clone().requires_grad_()
+    output = spo(known_pairs(known), policy, known["noise_ref_pred"], SPO(beta=500.0))
+    torch.testing.assert_close(output.loss.double(), known["loss_fp64"], rtol=1e-4, atol=0)
+    output.loss.backward()
+    expected = known["grad_noise_pred_shared_fp64"]
+    assert (policy.grad - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_on_policy_the_loss_is_ln_2_and_still_teaches(golden):

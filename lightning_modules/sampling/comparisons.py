@@ -16,7 +16,7 @@ class Comparisons(Record):
 
     Attributes:
         timesteps: the t whose candidates were compared (x_t is what they share).
-        judged_at: the timestep at which the scorer saw them; 0 after the last step.
+        judged_at: the timestep that the scorer took them to be at; 0 after the last step, but for latent scorers.
         scores: of every candidate.
         gaps: softmax([best, worst])[0] - [1].
         valid: whether the gap passed the sampler's threshold.

@@ -158,7 +158,8 @@ class StepSampler:
         """Roll out one trajectory a prompt and collect the valid pairs of its steps.
 
         The UNet sees b samples a plain step and k b a compared one: the pass that makes the candidates'
-        x0-predictions is also the next step's of the one that goes on.
+        x0-predictions is also the next step's of the one that goes on. Where the scorer asks for no x0-prediction, it
+        sees b samples every step.
 
         Args:
             policy: what is sampled from, in eval mode: its dropout would draw from the global generator.
@@ -278,7 +279,7 @@ class _Walk:
         transitions = list(self._branch(group))
         self.output = None
         ends = transitions[-1][1]
-        candidates = self._candidates(ends, None if finished else group[-1].next_timestep)
+        candidates = self._candidates(ends, group[-1].timestep, None if finished else group[-1].next_timestep)
         scores = self._judge(candidates, at=group[-1].timestep)
         choice, gaps = best_and_worst(scores)
         valid = gaps > threshold
@@ -289,7 +290,7 @@ class _Walk:
         self.comparisons.append(
             Comparisons(
                 timesteps=torch.full((len(rows),), group[0].timestep),
-                judged_at=candidates.timesteps[: len(rows)].cpu(),
+                judged_at=self.scorer.judged_at(candidates)[: len(rows)].cpu(),
                 scores=scores.T.cpu(),
                 gaps=gaps.cpu(),
                 valid=valid.cpu(),
@@ -341,10 +342,11 @@ class _Walk:
             yield before, after
             before, output = after, None
 
-    def _candidates(self, ends: Tensor, next_timestep: int | float | None) -> StepCandidates:
+    def _candidates(self, ends: Tensor, timestep: int | float, next_timestep: int | float | None) -> StepCandidates:
         """The branches' ends for the scorer. If it asks for their x0-predictions, the policy's output there is kept."""
         k = self.sampler.candidates
         timesteps = torch.full((len(ends),), 0 if next_timestep is None else next_timestep, device=self.device)
+        started_at = torch.full((len(ends),), timestep, device=self.device)
 
         def predict_clean() -> Tensor:
             if next_timestep is None:
@@ -354,7 +356,8 @@ class _Walk:
 
         control_noise = self.draws.control_noise(k).to(self.device)
         decode = partial(self._decode, decoder=self.decoder)
-        return StepCandidates(ends, timesteps, self.prompts * k, control_noise, predict_clean, decode)
+        prompts = self.prompts * k
+        return StepCandidates(ends, timesteps, started_at, prompts, control_noise, predict_clean, decode)
 
     def _keep(self, before: Tensor, after: Tensor, step: Step, choice: Tensor, gaps: Tensor, valid: Tensor) -> None:
         """The valid prompts' best and worst transition as pairs."""

@@ -1,4 +1,4 @@
-"""Who judges the candidates of a denoising step: a step-aware model, any reward model, or chance."""
+"""Who judges the candidates of a denoising step: a step-aware model, a latent one, any reward model, or chance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from lightning_modules.rewards.base import StepRewardModel
+from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.preference_views import check_latents
+from lightning_modules.rewards.base import LatentStepRewardModel, StepRewardModel
 from lightning_modules.rewards.function import Reward, as_reward_model
 
 Decode = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n 3 H W"]]
@@ -24,6 +26,7 @@ class StepCandidates:
     Attributes:
         latents: the x_{t-1} in question.
         timesteps: the timestep at which they are, which is where the compared step ends; 0 where they are finished.
+        started_at: the t that this step started from.
         prompts: length n.
         clean: their x0-predictions under the policy; finished latents are their own.
         images: ``clean`` decoded, in [0, 1].
@@ -34,12 +37,13 @@ class StepCandidates:
         self,
         latents: Float[Tensor, "n c h w"],
         timesteps: Real[Tensor, " n"],
+        started_at: Real[Tensor, " n"],
         prompts: tuple[str, ...],
         control_noise: Float[Tensor, "k b"],
         predict_clean: Callable[[], Float[Tensor, "n c h w"]],
         decode: Decode,
     ) -> None:
-        self.latents, self.timesteps, self.prompts = latents, timesteps, prompts
+        self.latents, self.timesteps, self.started_at, self.prompts = latents, timesteps, started_at, prompts
         self.control_noise = control_noise
         self._predict_clean, self._decode = predict_clean, decode
 
@@ -59,16 +63,39 @@ class StepCandidates:
         texts = tuple(self.prompts[row] for row in rows.tolist())
         control_noise = self.control_noise[:, :prompts]
         return StepCandidates(
-            self.latents[here], self.timesteps[here], texts, control_noise, lambda: self.clean[here], decode
+            self.latents[here],
+            self.timesteps[here],
+            self.started_at[here],
+            texts,
+            control_noise,
+            lambda: self.clean[here],
+            decode,
         )
 
 
 class StepScorer(nn.Module, ABC):
-    """Scores the candidates of a step; higher is better. Only differences between one prompt's candidates matter."""
+    """Scores the candidates of a step; higher is better. Only differences between one prompt's candidates matter.
+
+    Attributes:
+        sees_pictures: whether it looks at decoded candidates.
+    """
+
+    sees_pictures: bool = True
 
     @abstractmethod
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
         """One score per row, fp32."""
+
+    def judged_at(self, candidates: StepCandidates) -> Real[Tensor, " n"]:
+        """The timestep at which it takes each row to be."""
+        return candidates.timesteps
+
+    def check(self, policy: DiffusionPolicy) -> None:
+        """Before anything is sampled.
+
+        Raises:
+            ConfigError: it can't judge what this policy makes.
+        """
 
 
 class StepAwareScorer(StepScorer):
@@ -84,6 +111,32 @@ class StepAwareScorer(StepScorer):
 
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
         return self.model.score(candidates.images, candidates.prompts, candidates.timesteps)
+
+
+class LatentScorer(StepScorer):
+    """LPO's (arXiv 2502.01051): a model that judges the noisy x_{t-1} themselves, without x0-prediction and decode.
+
+    They are judged **at t**, where their step started, not where it ended (official multi_sample_pipeline.py:164-167 of
+    Kwai-Kolors/LPO@9c2e8b8): at the timesteps that the model was trained at, the last ones at t = 1.
+
+    Args:
+        model: judges noisy latents.
+    """
+
+    sees_pictures = False
+
+    def __init__(self, model: LatentStepRewardModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
+        return self.model.score(candidates.latents, candidates.prompts, candidates.started_at)
+
+    def judged_at(self, candidates: StepCandidates) -> Real[Tensor, " n"]:
+        return candidates.started_at
+
+    def check(self, policy: DiffusionPolicy) -> None:
+        check_latents(policy, self.model)
 
 
 class RewardScorer(StepScorer):
@@ -111,6 +164,8 @@ class RandomScorer(StepScorer):
         scale: standard deviation of the scores.
     """
 
+    sees_pictures = False
+
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
@@ -130,8 +185,14 @@ class ShuffledScorer(StepScorer):
 
     def __init__(self, scorer: StepScorer) -> None:
         super().__init__()
-        self.scorer = scorer
+        self.scorer, self.sees_pictures = scorer, scorer.sees_pictures
 
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
         scores = self.scorer.score(candidates).reshape(candidates.control_noise.shape)
         return scores.gather(0, candidates.control_noise.argsort(dim=0)).flatten()
+
+    def judged_at(self, candidates: StepCandidates) -> Real[Tensor, " n"]:
+        return self.scorer.judged_at(candidates)
+
+    def check(self, policy: DiffusionPolicy) -> None:
+        self.scorer.check(policy)

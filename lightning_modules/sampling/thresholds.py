@@ -16,7 +16,11 @@ class Threshold(ABC):
 
     @abstractmethod
     def at(self, trajectory: tuple[Step, ...], schedule: Schedule) -> list[float]:
-        """One number in [0, 1) for each step of the trajectory."""
+        """One number in [0, 1) for each step of the trajectory.
+
+        Raises:
+            ConfigError: this threshold has none for such steps.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class AlongSigma(Threshold):
         starts = torch.tensor([step.timestep for step in trajectory])
         ends = torch.tensor([step.next_timestep for step in trajectory])
         sigma = schedule.step_std(starts, ends, eta=1.0).double()
+        if sigma.max() == sigma.min():
+            raise ConfigError(
+                f"AlongSigma: all of the {len(trajectory)} steps have one sigma; give a number as the threshold"
+            )
         share = (sigma - sigma.min()) / (sigma.max() - sigma.min())
         found: list[float] = (self.low + (self.high - self.low) * share).tolist()
         return found
