@@ -67,10 +67,8 @@ class StepPoolDataModule(CursorDataModule):
         decoder_checks: how many prompts, the first of every pool, are judged behind the VAE too, to see how far the
             decoder leads to the same choices. It changes no pair, and costs these prompts' decodes by the VAE.
         batch_size: pairs per rank and batch.
-        pairs_per_step: Pairs per optimizer step over all ranks; as many batches are accumulated as that takes. None
-            leaves it to trainer.accumulate_grad_batches.
-        prompts_per_pool: how many prompts each pool takes; they are drawn without replacement until all were used.
-            None takes all of them every time.
+        pairs_per_step: pairs per optimizer step over all ranks, by accumulation; None leaves it to the trainer.
+        prompts_per_pool: prompts of each pool, drawn without replacement until all were used; None takes all.
         prompts_per_batch: prompts that are sampled at once, which is a chunk: k times as many samples go through
             the UNet together.
         seed: seed of prompts, candidates and order.

@@ -118,3 +118,17 @@ def test_two_processes_learn_what_one_process_learns_from_the_negatives_of_both(
     torch.testing.assert_close(losses[0], loss.detach())
     torch.testing.assert_close(losses[1], loss.detach())
     torch.testing.assert_close(sum(gradients) / 2, parameter.grad)
+
+
+def test_lpos_criterion_is_the_same_one(golden):
+    known = golden("lrm_loss")
+    names = ("image_0", "image_1", "text")
+    inputs = {name: known[f"{name}_features"].clone().requires_grad_() for name in names}
+    log_scale = known["log_logit_scale"].clone().requires_grad_()
+    weights = 1 / known["num_examples_per_prompt"]
+    loss = preference_loss(*inputs.values(), log_scale.exp(), known["label_0"], weights)
+    loss.backward()
+    torch.testing.assert_close(loss, known["pair.loss"], rtol=1e-5, atol=0)
+    for name, value in (*inputs.items(), ("log_logit_scale", log_scale)):
+        expected = known[f"pair.grad_{name}"]
+        assert (value.grad - expected).abs().max() <= 1e-5 * expected.abs().max()

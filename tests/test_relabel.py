@@ -20,7 +20,7 @@ from datamodules.shards.manifest import LatentsKey, Manifest
 from datamodules.shards.samples import pixel_members
 from datamodules.shards.writer import write_shard
 from experiments import relabel
-from experiments.relabelling.agreement import Judged, accuracy, agreement, by_gap
+from experiments.relabelling.agreement import Agrees, Judged, accuracy, agreement, by_gap
 from lightning_modules.errors import ConfigError, DataError, UserError
 
 TESTS = Path(__file__).parent
@@ -112,6 +112,41 @@ def test_the_higher_score_is_chosen_and_equal_scores_keep_the_order(tmp_path):
     captions = json.loads((tmp_path / "out" / "captions.json").read_text())
     assert captions == [f"caption {n}" for n in (0, 1, 3, 4, 5, 7, 8, 9)]
     assert sorted(files(tmp_path / "out")) == ["00000.tar", "00001.tar", "00003.tar", "captions.json", "manifest.json"]
+
+
+@pytest.mark.parametrize(("strategy", "aesthetic"), [(1, 0.0), (2, -0.5), (3, -1.0)])
+def test_rewards_that_have_to_agree_keep_the_pairs_of_lpos_filter(golden, strategy, aesthetic):
+    known = golden("lrm_data")
+    rules = {"aesthetic": Agrees(aesthetic, 0.2), "clipscore": Agrees(0.0, 0.03), "vqascore": Agrees(0.0, 0.07)}
+    labels = [1.0 if clear else 0.5 for clear in known["different_flag"].tolist()]
+    gaps = {name: known[f"{name}_gap"].tolist() for name in rules}
+    found = [all(rules[name].keeps(label, gaps[name][n]) for name in rules) for n, label in enumerate(labels)]
+    assert found == known[f"strategy{strategy}.keep"].tolist()
+    assert any(found)
+
+
+def test_with_agree_the_order_stays_and_what_the_reward_contradicts_is_dropped(tmp_path):
+    """Clear pairs with a gap of more than 2, ties with one of less than 0."""
+    manifest = run(write(tmp_path / "in"), tmp_path / "out", "--agree", "2", "0")
+    pairs = read(tmp_path / "out")
+    assert [(info["row"], chosen, rejected) for info, chosen, rejected in pairs] == [
+        (1, 200, 10), (2, 50, 90), (5, 33, 30), (6, 1, 2), (9, 255, 0),
+    ]  # fmt: skip
+    assert [info.get("label") for info, _, _ in pairs] == [1.0, 0.5, None, 0.5, 1.0]
+    assert (pairs[0][0]["chosen_redness"], pairs[0][0]["rejected_redness"]) == (200.0, 10.0)
+    assert pairs[0][0]["chosen_uid"] == "c1"
+    assert (manifest.counts["pairs"], manifest.counts["disagreeing_dropped"], manifest.counts["ties_dropped"]) == (
+        5,
+        5,
+        0,
+    )
+    # The next reward, here the same one, goes on with what is left; below a negative number, too.
+    run(tmp_path / "out", tmp_path / "twice", "--agree", "3", "-2")
+    assert [info["row"] for info, _, _ in read(tmp_path / "twice")] == [1, 2, 9]
+    with pytest.raises(ConfigError, match="another"):
+        run(tmp_path / "in", tmp_path / "out", "--agree", "1", "0")
+    with pytest.raises(ConfigError, match="--agree takes two numbers and no --margin"):
+        run(tmp_path / "in", tmp_path / "more", "--agree", "1", "0", "--margin", "1")
 
 
 def test_what_is_said_of_a_picture_changes_sides_with_it_and_its_bytes_do_not_change(tmp_path):

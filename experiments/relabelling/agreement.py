@@ -41,6 +41,31 @@ class GapGroup:
     agreement: float
 
 
+@dataclass(frozen=True)
+class Agrees:
+    """Which of people's pairs a reward agrees with; all others are dropped. Several rewards are asked in turn.
+
+    LPO's filter (arXiv 2502.01051; official lrm/lrm_15/trainer/datasets/step_sd_hf_dataset.py:161-171 of
+    Kwai-Kolors/LPO@9c2e8b8): aesthetic score -0.5 and 0.2, CLIP score 0 and 0.03, VQAScore 0 and 0.07. It compares the
+    ties' gaps with their sign, and so does this.
+
+    Attributes:
+        above: the preferred picture's score less the other's must be more than this.
+        ties_below: where people saw a tie, the first score less the second must be less than this.
+    """
+
+    above: float
+    ties_below: float
+
+    def keeps(self, label: float, gap: float) -> bool:
+        """
+        Args:
+            label: 1, or 0.5 for a tie.
+            gap: score of the picture that comes first less the other's.
+        """
+        return gap < self.ties_below if label == 0.5 else gap > self.above
+
+
 def agreement(pairs: Sequence[Judged]) -> float:
     """The share of pairs whose higher score is the picture that people preferred; equal scores count half."""
     labels, gaps = _arrays(pairs)

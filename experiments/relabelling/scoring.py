@@ -19,7 +19,7 @@ from datamodules.shards.manifest import ShardInfo
 from datamodules.shards.reader import ShardSet
 from datamodules.shards.samples import Sample, pixel_members
 from datamodules.shards.writer import write_shard
-from experiments.relabelling.agreement import Judged
+from experiments.relabelling.agreement import Agrees, Judged
 from lightning_modules.errors import UserError
 from lightning_modules.rewards.base import RewardModel
 
@@ -34,10 +34,12 @@ class Settings:
     Attributes:
         margin: pairs whose scores are closer than that are dropped.
         batch_size: pairs that are read and scored at a time; scores may depend on it in their last bits.
+        agrees: keeps the order as it is stored, ties too, and drops the pairs that the reward does not agree with.
     """
 
     margin: float = 0.0
     batch_size: int = 8
+    agrees: Agrees | None = None
 
 
 @dataclass
@@ -64,7 +66,7 @@ class ReadPair:
     """A stored pair, decoded: full size, RGB.
 
     Attributes:
-        human: how much people preferred the picture that comes first; not 0.5.
+        human: how much people preferred the picture that comes first; not 0.5, unless the order is kept.
     """
 
     sample: Sample
@@ -114,9 +116,17 @@ class Relabelling:
         self, number: int, result: ShardResult, advance: Callable[[int], None]
     ) -> Iterator[tuple[int, dict[str, bytes]]]:
         """The new samples with their numbers; what is dropped goes into ``result``."""
-        for batch in _ahead(_read(self.shards, number, result), self.settings.batch_size):
+        agrees = self.settings.agrees
+        for batch in _ahead(_read(self.shards, number, result, agrees is not None), self.settings.batch_size):
             for pair, scores in zip(batch, score_pairs(self.reward, batch, self.device), strict=True):
                 result.judged.append(Judged(pair.human, *scores))
+                if agrees is not None:
+                    kept = agrees.keeps(pair.human, scores[0] - scores[1])
+                    result.counts["pairs" if kept else "disagreeing_dropped"] += 1
+                    if kept:
+                        result.captions[pair.info["caption"]] = None
+                        yield int(pair.sample.key), kept_members(pair, scores, self.reward.name)
+                    continue
                 if abs(scores[0] - scores[1]) < self.settings.margin:
                     result.counts["below_margin_dropped"] += 1
                     continue
@@ -138,16 +148,17 @@ def _ahead(pairs: Iterator[ReadPair], size: int) -> Iterator[list[ReadPair]]:
             yield batch
 
 
-def _read(shards: ShardSet, number: int, result: ShardResult) -> Iterator[ReadPair]:
-    """The pairs on which people have decided and that are whole."""
+def _read(shards: ShardSet, number: int, result: ShardResult, as_stored: bool) -> Iterator[ReadPair]:
+    """The whole pairs on which people have decided; ``as_stored`` all whole ones, with the labels that they have."""
     for row in range(shards.sizes[number]):
         result.counts["rows_read"] += 1
         try:
             sample = shards.read(number, row)
             info = sample.info()
             # That of a pair that was ordered by a reward before is kept beside its label.
-            human = sample.number(info, "human_label" if "human_label" in info else "label", 0.0, 1.0)
-            if human == 0.5:
+            key = "human_label" if "human_label" in info and not as_stored else "label"
+            human = sample.number(info, key, 0.0, 1.0)
+            if human == 0.5 and not as_stored:
                 result.counts["ties_dropped"] += 1
                 continue
             yield ReadPair(sample, info, human, (sample.image("chosen"), sample.image("rejected")))
@@ -199,3 +210,9 @@ def ordered_members(pair: ReadPair, scores: tuple[float, float], name: str) -> d
         info |= {f"{side}_{key.removeprefix(f'{other}_')}": value for key, value in about.items()}
         info[f"{side}_score"] = scores[SIDES.index(other)]
     return pixel_members(pair.sample.picture(sources[0]), pair.sample.picture(sources[1]), info)
+
+
+def kept_members(pair: ReadPair, scores: tuple[float, float], name: str) -> dict[str, bytes]:
+    """The sample as it was, with both scores in its record."""
+    info = pair.info | {f"{side}_{name}": score for side, score in zip(SIDES, scores)}
+    return pixel_members(pair.sample.picture("chosen"), pair.sample.picture("rejected"), info)
