@@ -6,6 +6,7 @@ called ``.<name>-unfinished-<random>`` and lies beside its place, since a rename
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from typing import BinaryIO
 from lightning_modules.errors import DataError
 
 UNFINISHED = "-unfinished-"
+# What a system says where a file can have no second name, or no more of them.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL)
 
 
 def resolved_path(path: str | Path) -> Path:
@@ -63,12 +66,41 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         reason = os_error(error)
         if reason is None:
             raise
-        raise DataError(
-            f"cannot write {path}: {reason.strerror or reason}; free some space or choose another folder"
-        ) from error
+        raise _unwritable(path, reason) from error
     finally:
         with suppress(OSError):  # where it could not be made there is none
             temporary.unlink()
+
+
+def second_name(existing: Path, path: Path) -> bool:
+    """Let ``path`` name the same file, in place of what it named; the disk holds it once.
+
+    It is a hard link: the file stays whole when its other name is deleted or given to a new file, and a process that is
+    killed at any point leaves the former or the new one.
+
+    Returns:
+        Whether it does; some file systems have no such links, and then nothing has changed.
+
+    Raises:
+        DataError: the disk does not take it; what was there before is intact, nothing else is left.
+    """
+    temporary = _temporary_sibling(path)
+    try:
+        os.link(existing, temporary)
+        temporary.replace(path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return False
+        raise _unwritable(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return True
+
+
+def _unwritable(path: Path, reason: OSError) -> DataError:
+    return DataError(f"cannot write {path}: {reason.strerror or reason}; free some space or choose another folder")
 
 
 def set_aside(path: Path) -> Path:
@@ -114,9 +146,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         reason = os_error(error)
         if reason is None:
             raise
-        raise DataError(
-            f"cannot write {folder}: {reason.strerror or reason}; free some space or choose another folder"
-        ) from error
+        raise _unwritable(folder, reason) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

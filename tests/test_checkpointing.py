@@ -48,6 +48,25 @@ def test_a_save_that_fails_leaves_the_former_checkpoint(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def test_last_is_a_second_name_of_the_newest_file_or_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
+    fit(tmp_path / "linked", RunCheckpoint(every_n_steps=2), ExactResume(), steps=5)
+    last, newest = (tmp_path / "linked" / "checkpoints" / name for name in ("last.ckpt", "step=0000005.ckpt"))
+    assert last.samefile(newest)
+    assert not last.is_symlink()
+    newest.unlink()
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+
+    def no_links(*names):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    fit(tmp_path / "copied", RunCheckpoint(every_n_steps=2), ExactResume(), steps=5)
+    copied = tmp_path / "copied" / "checkpoints"
+    assert names(tmp_path / "copied") == ["last.ckpt", "step=0000004.ckpt", "step=0000005.ckpt"]
+    assert not (copied / "last.ckpt").samefile(copied / "step=0000005.ckpt")
+    assert torch.load(copied / "last.ckpt", weights_only=True)["global_step"] == 5
+
+
 @contextmanager
 def no_file_larger_than(size):
     """As on a full disk, writing fails in the middle, inside torch's writer."""
@@ -175,6 +194,7 @@ def test_a_run_killed_between_the_two_files_of_its_last_step_ends_with_both(tmp_
     former = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
     fit(tmp_path, RunCheckpoint(), ExactResume(), steps=4, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
     last, newest = (tmp_path / "checkpoints" / name for name in ("last.ckpt", "step=0000004.ckpt"))
+    last.unlink()  # it is the newest file's second name
     last.write_bytes(former)
     assert newest_checkpoint(tmp_path / "checkpoints") == newest
     fit(tmp_path, RunCheckpoint(), ExactResume(), steps=4, ckpt_path=newest)

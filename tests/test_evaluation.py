@@ -155,6 +155,7 @@ def test_a_step_is_judged_once_in_a_history(whole, pipelines, tmp_path):
     fit(pipelines, tmp_path, Judge(), steps=1)
     kept = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
     for _ in range(2):
+        (tmp_path / "checkpoints" / "last.ckpt").unlink()  # it is the newest file's second name
         (tmp_path / "checkpoints" / "last.ckpt").write_bytes(kept)
         fit(pipelines, tmp_path, Judge(), resume=True, steps=2)
     assert [(entry["split"], entry["step"]) for entry in history(tmp_path)] == [("val", 1), ("val", 2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from datamodules.preference_pairs import PreferencePairsDataModule
 from datamodules.shards.locate import open_shards
-from datamodules.shards.pictures import decode_picture
+from datamodules.shards.pictures import decode_picture, picture_size
 from experiments import prepare_pickapic
 from lightning_modules.errors import DataError
 
@@ -123,3 +124,42 @@ def test_damage_is_told_without_addresses_in_memory(data: bytes) -> None:
     with pytest.raises(DataError, match=f"a damaged picture of {len(data)} bytes") as caught:
         decode_picture(data)
     assert "object at" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------- checked, not decoded
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_picture_that_is_only_checked_has_the_size_that_it_would_have_decoded(mode: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    for size in ((1, 1), (7, 3), (37, 90)):
+        for progressive in (False, True):
+            data = encoded(Image.new(mode, size, 90), "JPEG", exif=exif, progressive=progressive)
+            assert picture_size(data) == decode_picture(data).size
+    data = picture(5, (24, 16))  # a PNG
+    assert picture_size(data) == (24, 16)
+
+
+def refusal(look, data: bytes) -> str | None:
+    try:
+        look(data)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_picture_that_is_only_checked_is_refused_as_when_it_is_decoded(progressive: bool) -> None:
+    source = random.Random(3)
+    noise = np.frombuffer(source.randbytes(40 * 56 * 3), np.uint8).reshape(40, 56, 3)
+    data = encoded(Image.fromarray(noise), "JPEG", progressive=progressive)
+    harmed = [data[: source.randrange(len(data))] for _ in range(60)]
+    for _ in range(200):
+        bytes_ = bytearray(data)
+        bytes_[source.randrange(len(data))] = source.randrange(256)
+        harmed.append(bytes(bytes_))
+    told = [(refusal(picture_size, one), refusal(decode_picture, one)) for one in harmed]
+    assert [pair for pair in told if pair[0] != pair[1]] == []
+    assert sum(pair[0] is not None for pair in told) > 60

@@ -8,7 +8,8 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from lightning_modules.errors import DataError
-from lightning_modules.files import atomic_file
+from lightning_modules.files import atomic_file, second_name
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,12 +31,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             DataError: the disk does not take it; what was there under this name before is intact.
         """
-        try:
-            with atomic_file(Path(path)) as file:
-                torch.save(checkpoint, file)
-        except DataError as error:
-            older = "the older checkpoints are intact; " if any(Path(path).parent.glob("*.ckpt")) else ""
-            raise DataError(f"{error}; {older}then resume with --resume auto") from error
+        with _and_how_to_go_on(Path(path).parent), atomic_file(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+
+def name_twice(checkpoint: Path, path: Path) -> bool:
+    """Whether a whole checkpoint has got ``path`` as a second name; see ``second_name``.
+
+    Raises:
+        DataError: the disk does not take it.
+    """
+    with _and_how_to_go_on(path.parent):
+        return second_name(checkpoint, path)
+
+
+@contextmanager
+def _and_how_to_go_on(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        older = "the older checkpoints are intact; " if any(folder.glob("*.ckpt")) else ""
+        raise DataError(f"{error}; {older}then resume with --resume auto") from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.resume.checkpoint_files import STEP_NAME, newest_checkpoint, writing_order
+from callbacks.resume.checkpoint_files import STEP_NAME, name_twice, newest_checkpoint, writing_order
 from lightning_modules.errors import ConfigError, DataError, UserError
 from lightning_modules.files import clear_unfinished
 from lightning_modules.lightning_internals import at_epochs_last_batch, dump_checkpoint
@@ -37,6 +37,8 @@ class RunCheckpoint(ModelCheckpoint):
     Saves every so many steps or minutes, when a pool is used up (sampling the next may take longer than training on
     it), on a signal (``Preemption``), and at the end of the training. All of them count alike.
 
+    ``last.ckpt`` is a second name (a hard link) of the newest file where the file system has that, else a copy.
+
     Checkpoints are numbered in the order of writing, which tells the newest one, see ``writing_order``.
 
     Args:
@@ -59,7 +61,7 @@ class RunCheckpoint(ModelCheckpoint):
             filename="step={step:07d}",
             auto_insert_metric_name=False,
             save_top_k=-1,  # which to keep is decided by what lies in the folder: a list in memory dies with a process
-            save_last=True,  # a copy; a link can dangle when the process is killed between its two steps
+            save_last=True,  # see _write
             enable_version_counter=False,  # else a resumed run writes last-v1.ckpt beside last.ckpt
             every_n_train_steps=every_n_steps,
         )
@@ -166,7 +168,9 @@ class RunCheckpoint(ModelCheckpoint):
         try:
             checkpoint = dump_checkpoint(trainer)
             for file in files:
-                trainer.strategy.save_checkpoint(checkpoint, file)
+                # Written once where the file system lets a file have two names.
+                if file == files[0] or not (trainer.is_global_zero and name_twice(files[0], file)):
+                    trainer.strategy.save_checkpoint(checkpoint, file)
         except UserError as error:
             failure = error
         fine = trainer.strategy.reduce_boolean_decision(failure is None, all=True)

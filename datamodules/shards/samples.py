@@ -6,6 +6,7 @@ Encoded pictures pass through untouched; tensors are safetensors, the rest is JS
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,13 @@ def _dump(info: Mapping[str, Any]) -> bytes:
 # -------------------------------------------------------------------------------------------- reading
 
 
+def _finite(values: Tensor) -> bool:
+    """Whether all numbers are finite. The sum of any that are not is NaN or infinite, and costs little; where it may be
+    so by overflow alone, every number is looked at."""
+    numbers = values.float()
+    return math.isfinite(numbers.sum().item()) or bool(numbers.isfinite().all())
+
+
 @dataclass(frozen=True)
 class Sample:
     """One sample's raw members, with where it came from for error messages."""
@@ -144,6 +152,6 @@ class Sample:
             if name not in tensors or tensors[name].ndim != count:
                 raise self.bad(f"{member} has no {name!r} of {count} dimensions")
         for name, value in tensors.items():
-            if not value.is_floating_point() or not value.float().isfinite().all():
+            if not value.is_floating_point() or not _finite(value):
                 raise self.bad(f"{member}: {name[:80]!r} holds numbers that are not finite or no numbers at all")
         return tensors

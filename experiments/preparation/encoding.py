@@ -36,7 +36,7 @@ def latents_key(policy: DiffusionPolicy, resolution: int | None, dtype: str) -> 
 def encoded(
     pairs: Iterator[Pair], policy: DiffusionPolicy, key: LatentsKey, shard_size: int
 ) -> Iterator[tuple[int, dict[str, bytes]]]:
-    """Samples of latents and prompt embeddings.
+    """Samples of latents and prompt embeddings, of pairs with decoded pictures.
 
     Latents are the mean of the VAE's posterior, scaled. Each caption's embeddings are stored once a shard.
     """
@@ -48,7 +48,7 @@ def encoded(
     stored: dict[str, int] = {}
     count = 0
     while batch := list(islice(pairs, ENCODE_BATCH)):
-        squares = [transform(pair.chosen_image, pair.rejected_image, None) for pair in batch]
+        squares = [transform(*pair.images, None) for pair in batch if pair.images is not None]
         images = torch.stack([square[0] for square in squares] + [square[1] for square in squares])
         latents = policy.encode_images(images.to(policy.device)).to("cpu", dtype)
         embeds = _embeds(policy, [pair.info["caption"] for pair in batch], dtype)

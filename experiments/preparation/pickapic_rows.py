@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from datamodules.pairs.samples import MAX_EXAMPLES_PER_PROMPT
 from datamodules.shards.manifest import LatentsKey
-from datamodules.shards.pictures import decode_picture
+from datamodules.shards.pictures import decode_picture, picture_size
 from experiments.preparation.columns import check_columns, plain
 from lightning_modules.errors import DataError
 
@@ -181,18 +181,20 @@ def _reason_to_drop(row: Mapping[str, Any], settings: Settings) -> str | None:
 
 @dataclass(frozen=True)
 class Pair:
-    """A usable row: encoded and decoded pictures, and what the sample's json says."""
+    """A usable row: its encoded pictures, what the sample's json says, and decoded pictures where they are wanted."""
 
     number: int
     chosen: bytes
     rejected: bytes
-    chosen_image: Image.Image
-    rejected_image: Image.Image
     info: dict[str, Any]
+    images: tuple[Image.Image, Image.Image] | None
 
 
-def _pair(number: int, row: Mapping[str, Any]) -> Pair:
+def _pair(number: int, row: Mapping[str, Any], decoded: bool) -> Pair:
     """
+    Args:
+        decoded: whether its pictures are wanted beside their bytes; if not, they are still looked at in full.
+
     Raises:
         DataError: a picture is missing or does not decode, or a number is none that the reader takes.
     """
@@ -202,22 +204,25 @@ def _pair(number: int, row: Mapping[str, Any]) -> Pair:
     if examples is not None and not 1 <= examples <= MAX_EXAMPLES_PER_PROMPT:
         raise DataError(f"num_example_per_prompt must lie in [1, {MAX_EXAMPLES_PER_PROMPT:g}], got {examples}")
     first, second = (0, 1) if label >= 0.5 else (1, 0)
-    images = []
+    images: list[Image.Image] = []
+    sizes = {}
     for side in (first, second):
         if not row[f"jpg_{side}"]:
             raise DataError(f"jpg_{side} is empty")
         try:
-            images.append(decode_picture(row[f"jpg_{side}"]))
+            if decoded:
+                images.append(decode_picture(row[f"jpg_{side}"]))
+            sizes[side] = images[-1].size if decoded else picture_size(row[f"jpg_{side}"])
         except DataError as error:
             raise DataError(f"jpg_{side}: {error}") from error
     info: dict[str, Any] = {"caption": row["caption"], "label": max(label, 1.0 - label), "row": number}
-    for role, side, image in (("chosen", first, images[0]), ("rejected", second, images[1])):
-        info[f"{role}_size"] = [image.height, image.width]
+    for role, side in (("chosen", first), ("rejected", second)):
+        info[f"{role}_size"] = [sizes[side][1], sizes[side][0]]
         for field, column in (("uid", f"image_{side}_uid"), ("model", f"model_{side}")):
             if row.get(column) is not None:
                 info[f"{role}_{field}"] = row[column]
     info.update({name: row[name] for name in CARRIED if row.get(name) is not None})
-    return Pair(number, row[f"jpg_{first}"], row[f"jpg_{second}"], images[0], images[1], info)
+    return Pair(number, row[f"jpg_{first}"], row[f"jpg_{second}"], info, (images[0], images[1]) if decoded else None)
 
 
 def usable_pairs(unit: Unit, settings: Settings, counts: Counter[str], corrupt: list[str]) -> Iterator[Pair]:
@@ -232,7 +237,7 @@ def usable_pairs(unit: Unit, settings: Settings, counts: Counter[str], corrupt: 
             counts[reason] += 1
             continue
         try:
-            pair = _pair(number, row)
+            pair = _pair(number, row, decoded=settings.latents is not None)
         except DataError as error:
             counts["corrupt_dropped"] += 1
             if len(corrupt) < MAX_NAMED:

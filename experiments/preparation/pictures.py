@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.shards.bad_samples import BadSampleError
-from datamodules.shards.pictures import decode_picture
+from datamodules.shards.pictures import picture_size
 from datamodules.shards.reader import ShardSet
 from experiments.preparation.pair_rows import Row, TableReader, by_role
 from lightning_modules.errors import ConfigError, DataError
@@ -106,7 +106,7 @@ def of_table(
         data = picture if isinstance(picture, bytes) else picture.read_bytes()
         found.counts["read"] += 1
         try:
-            decode_picture(data)
+            picture_size(data)
         except DataError as error:
             found.drop(f"{place}: {error}")
             continue

@@ -19,4 +19,5 @@ def photograph(source: np.random.Generator, side: int) -> bytes:
 def pickapic_row(source: np.random.Generator, side: int, n: int) -> dict:
     """As Pick-a-Pic has it; the first picture is preferred."""
     pictures = {f"jpg_{which}": photograph(source, side) for which in (0, 1)}
-    return {**pictures, "label_0": 1.0, "label_1": 0.0, "caption": f"picture {n}"}
+    uids = {"image_0_uid": f"a{n}", "image_1_uid": f"b{n}"}
+    return {**pictures, **uids, "label_0": 1.0, "label_1": 0.0, "caption": f"picture {n}"}
