@@ -126,7 +126,9 @@ def trained_shapes(unet: str, rank: int | None) -> Shapes:
     with torch.device("meta"):
         network = NETWORKS[unet]()
         if rank is not None:
-            LoRA(rank=rank).apply(Mock(spec=DiffusionPolicy, denoiser=network))
+            LoRA(rank=rank).apply(
+                Mock(spec=DiffusionPolicy, denoiser=network, lora_targets=DiffusionPolicy.lora_targets)
+            )
     return [tuple(parameter.shape) for parameter in network.parameters() if parameter.requires_grad]
 
 

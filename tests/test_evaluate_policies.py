@@ -7,9 +7,10 @@ import torch
 import yaml
 from test_single_file import single  # noqa: F401  # a fixture
 
-from experiments.evaluation.policies import find_policy
+from experiments.evaluation.policies import find_policy, own_size
 from lightning_modules.batches import DenoiserQuery
 from lightning_modules.errors import ConfigError
+from lightning_modules.policies import Flux, StableDiffusion3
 from lightning_modules.policies.adaptation import Frozen, FullFineTuning
 from lightning_modules.policies.lora import LoRA
 from lightning_modules.policies.sdxl import StableDiffusionXL
@@ -169,3 +170,32 @@ def test_hub_ids_are_told_by_their_form(base):
     assert find_policy("organisation/name/lora.safetensors", base).overlay.name == "organisation/name/lora.safetensors"
     with pytest.raises(ConfigError, match="cannot be fetched from the hub"):
         find_policy("organisation/name", None)
+
+
+@pytest.mark.parametrize(("name", "policy_class"), [("tiny-sd3", StableDiffusion3), ("tiny-flux", Flux)])
+def test_flow_models_are_known_by_their_transformer(pipelines, tmp_path, name, policy_class):
+    """A pipeline, a LoRA and a transformer of its own."""
+    folder = str(pipelines / name)
+
+    def predicted_by(word, base=None):
+        source = find_policy(str(word), base)
+        source.check()
+        assert own_size(source) == (64 if name == "tiny-sd3" else None)
+        return predicted(source.load("fp32"))
+
+    untrained = predicted_by(folder)
+    for adaptation in (LoRA(rank=2), FullFineTuning()):
+        policy = moved(policy_class(folder, adaptation))
+        place = tmp_path / type(adaptation).__name__
+        policy.save_pretrained(place)
+        torch.testing.assert_close(predicted_by(place, folder), predicted(policy), rtol=0, atol=1e-4)
+        assert not torch.allclose(predicted(policy), untrained, atol=1e-2)
+
+
+def test_what_belongs_to_another_flow_model_is_told(pipelines, tmp_path):
+    Flux(str(pipelines / "tiny-flux"), LoRA(rank=2)).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ConfigError, match="of another base model"):
+        asked(tmp_path / "lora", str(pipelines / "tiny-sd3"))
+    Flux(str(pipelines / "tiny-flux"), FullFineTuning()).save_pretrained(tmp_path / "full")
+    with pytest.raises(ConfigError, match="its transformer has _class_name FluxTransformer2DModel"):
+        asked(tmp_path / "full", str(pipelines / "tiny-sd3"))

@@ -16,8 +16,18 @@ if TYPE_CHECKING:
 
     from lightning_modules.policies.base import DiffusionPolicy
 
-# What two UNets have in common whose pipelines share text encoders and latents.
-_KIND = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "block_out_channels")
+# The denoiser's name in the pipeline of each policy of this package.
+DENOISERS = {
+    "StableDiffusion": "unet",
+    "StableDiffusionXL": "unet",
+    "StableDiffusion3": "transformer",
+    "Flux": "transformer",
+}
+# What two denoisers have in common whose pipelines share text encoders and latents.
+_KIND = {
+    "unet": ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "block_out_channels"),
+    "transformer": ("_class_name", "in_channels", "joint_attention_dim", "num_attention_heads", "num_layers"),
+}
 
 
 class Overlay(ABC):
@@ -33,7 +43,7 @@ class Overlay(ABC):
 
         Args:
             base: the base model's class and arguments.
-            config: of its UNet; None where it is of a class that nothing is known of.
+            config: of its denoiser; None where it is of a class that nothing is known of.
 
         Raises:
             ConfigError: it does not.
@@ -93,15 +103,16 @@ class Networks(Overlay):
     def check(self, base: Mapping[str, Any], config: Mapping[str, Any] | None) -> None:
         if config is None:
             return
-        from diffusers import UNet2DConditionModel
+        from diffusers import UNet2DConditionModel  # reads the configuration of any
 
-        own = self._source("unet").load(UNet2DConditionModel.load_config)
-        for key in _KIND:
+        component = DENOISERS[base["class_path"].rpartition(".")[2]]
+        own = self._source(component).load(UNet2DConditionModel.load_config)
+        for key in _KIND[component]:
             one, other = (_plain(found.get(key)) for found in (own, config))
             if one != other:
                 raise ConfigError(
-                    f"policy {self.place}: its UNet has {key} {one} and the base's has {other}; it belongs to another "
-                    "base model, which --base names"
+                    f"policy {self.place}: its {'UNet' if component == 'unet' else component} has {key} {one} and the "
+                    f"base's has {other}; it belongs to another base model, which --base names"
                 )
 
     def apply(self, policy: DiffusionPolicy) -> None:
@@ -129,15 +140,13 @@ class Lora(Overlay):
         if config is None:
             return
         import torch
-        from diffusers import UNet2DConditionModel
 
+        from lightning_modules import policies
         from lightning_modules.policies.lora_files import read_lora_of
-        from lightning_modules.policies.sdxl import StableDiffusionXL
-        from lightning_modules.policies.stable_diffusion import StableDiffusion
 
+        kind = getattr(policies, base["class_path"].rpartition(".")[2])
         with torch.device("meta"):
-            network = UNet2DConditionModel.from_config(dict(config))
-        kind = StableDiffusionXL if base["class_path"].endswith("XL") else StableDiffusion
+            network = kind.denoiser_class.from_config(dict(config))
         self._require_fit(read_lora_of(self.name, kind, network.config), dict(network.named_parameters()))
 
     def apply(self, policy: DiffusionPolicy) -> None:

@@ -15,7 +15,7 @@ from callbacks.resume.checkpoint_files import damage_reason
 from experiments.cli.configured_policy import build_policy, policy_settings
 from experiments.cli.run_folder import choose_checkpoint
 from experiments.cli.saved_settings import SavedSettings
-from experiments.evaluation.overlays import Checkpoint, Lora, Networks, Overlay
+from experiments.evaluation.overlays import DENOISERS, Checkpoint, Lora, Networks, Overlay
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import packaged
 from lightning_modules.weights.pretrained import DTYPES, Pretrained
@@ -24,7 +24,7 @@ from lightning_modules.weights.state_dicts import read_keys
 if TYPE_CHECKING:
     from lightning_modules.policies.base import DiffusionPolicy
 
-WANTED = "give a run's folder or checkpoint, a diffusers pipeline, a folder with a unet, or LoRA weights"
+WANTED = "give a run's folder or checkpoint, a diffusers pipeline, a folder with a unet or transformer, or LoRA weights"
 _LORA = "pytorch_lora_weights.safetensors"
 _PACKAGE = "lightning_modules.policies"
 
@@ -57,7 +57,7 @@ class PolicySource:
     def identity(self) -> dict[str, Any]:
         """What tells this policy from another: names of everything, sizes and samples of local files."""
         settings = json.loads(self.base)
-        names = [settings["init_args"].get(name) for name in ("pretrained", "unet", "vae", "denoiser")]
+        names = [settings["init_args"].get(name) for name in ("pretrained", "unet", "transformer", "vae", "denoiser")]
         places = [packaged(name) for name in names if name is not None]
         files = [file for place in places for file in _weights(place)]
         files += [] if self.overlay is None else [file for place in self.overlay.places() for file in _weights(place)]
@@ -180,20 +180,38 @@ def _frozen(settings: dict[str, Any]) -> str:
 
 
 def pipeline_settings(name: str) -> str:
-    """Settings of the policy of a diffusers pipeline, whose kind its UNet tells.
+    """Settings of the policy of a diffusers pipeline, whose kind its denoiser tells.
 
     Raises:
-        ConfigError: no such place, or one without a UNet.
+        ConfigError: no such place, or one without a UNet or transformer that there is a policy for.
     """
     from diffusers import UNet2DConditionModel
 
-    config = Pretrained.find(name).component("unet").load(UNet2DConditionModel.load_config)
+    place = Pretrained.find(name)
+    component = "transformer" if _has_transformer(place) else "unet"
+    config = place.component(component).load(UNet2DConditionModel.load_config)
     kind = "sdxl.StableDiffusionXL" if config.get("addition_embed_type") else "stable_diffusion.StableDiffusion"
+    if component == "transformer":
+        found = config.get("_class_name")
+        known = {"SD3Transformer2DModel": "sd3.StableDiffusion3", "FluxTransformer2DModel": "flux.Flux"}
+        if found not in known:
+            raise ConfigError(
+                f"policy {name}: there is none for a {found}; give a pipeline of Stable Diffusion, SDXL, SD3 or FLUX.1"
+            )
+        kind = known[found]
     return _frozen({"class_path": f"{_PACKAGE}.{kind}", "init_args": {"pretrained": str(name)}})
 
 
+def _has_transformer(place: Pretrained) -> bool:
+    if place.local:
+        return (Path(place.location) / place.subfolder / "transformer").is_dir()
+    from diffusers import DiffusionPipeline
+
+    return "transformer" in place.load(DiffusionPipeline.load_config)
+
+
 def denoiser_config(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The configuration of the base model's UNet; None for classes that are not of this package.
+    """The configuration of the base model's denoiser; None for classes that are not of this package.
 
     Raises:
         ConfigError: it cannot be read.
@@ -201,11 +219,12 @@ def denoiser_config(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     from diffusers import UNet2DConditionModel
 
     arguments = settings["init_args"]
-    if not settings["class_path"].rpartition(".")[2].startswith("StableDiffusion"):
+    component = DENOISERS.get(settings["class_path"].rpartition(".")[2])
+    if component is None:
         return None
     pipeline = Pretrained.find(arguments["pretrained"], arguments.get("revision"), arguments.get("layout"))
-    own = arguments.get("unet")
-    source = pipeline.component("unet") if own is None else Pretrained.find(own)
+    own = arguments.get(component)
+    source = pipeline.component(component) if own is None else Pretrained.find(own)
     config = Pretrained.load(source, UNet2DConditionModel.load_config)
     return dict(config)
 
@@ -215,6 +234,9 @@ def own_size(source: PolicySource) -> int | None:
     from diffusers import AutoencoderKL
 
     settings = json.loads(source.base)
+    asked = settings["init_args"].get("image_size")
+    if asked is not None:
+        return int(asked)
     config = denoiser_config(settings)
     if config is None or not isinstance(config.get("sample_size"), int):
         return None

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_modules.policies.adaptation import Adaptation, Frozen, FullFineTuning
     from lightning_modules.policies.base import DiffusionPolicy
+    from lightning_modules.policies.flux import Flux
     from lightning_modules.policies.latent_diffusion import LatentDiffusion
     from lightning_modules.policies.lora import LoRA
+    from lightning_modules.policies.sd3 import StableDiffusion3
     from lightning_modules.policies.sdxl import StableDiffusionXL
     from lightning_modules.policies.stable_diffusion import StableDiffusion
     from lightning_modules.policies.tiny_decoder import TinyDecoder
@@ -17,11 +19,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Adaptation",
     "DiffusionPolicy",
+    "Flux",
     "Frozen",
     "FullFineTuning",
     "LatentDiffusion",
     "LoRA",
     "StableDiffusion",
+    "StableDiffusion3",
     "StableDiffusionXL",
     "TinyDecoder",
 ]
@@ -30,11 +34,13 @@ __all__ = [
 _MODULES = {
     "Adaptation": "adaptation",
     "DiffusionPolicy": "base",
+    "Flux": "flux",
     "Frozen": "adaptation",
     "FullFineTuning": "adaptation",
     "LatentDiffusion": "latent_diffusion",
     "LoRA": "lora",
     "StableDiffusion": "stable_diffusion",
+    "StableDiffusion3": "sd3",
     "StableDiffusionXL": "sdxl",
     "TinyDecoder": "tiny_decoder",
 }

@@ -26,6 +26,8 @@ class DiffusionPolicy(nn.Module, ABC):
         image_size: side of the pictures it makes, in pixels, unless told otherwise.
         denoiser_name: the denoiser's name in a diffusers pipeline's folder.
         lora_loader: diffusers' mixin that reads and writes LoRA files of this kind of model.
+        lora_targets: names' ends of the denoiser's layers that get an adapter where none are named.
+        writes_kohya: whether other programs read its LoRA files under kohya's names, which for transformers are others.
         blocks: classes of the denoiser's repeating blocks: what is gathered at a time where weights are sharded.
     """
 
@@ -35,6 +37,8 @@ class DiffusionPolicy(nn.Module, ABC):
     image_size: int
     denoiser_name: ClassVar[str] = "unet"
     lora_loader: ClassVar[Any]
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    writes_kohya: ClassVar[bool] = True
     blocks: tuple[type[nn.Module], ...] = ()
 
     @property
@@ -46,6 +50,10 @@ class DiffusionPolicy(nn.Module, ABC):
     def encoders(self) -> Mapping[str, nn.Module]:
         """What turns pictures and prompts into latents and conditioning, by name in a diffusers pipeline's folder:
         the autoencoder, ``vae``, and then every ``text_encoder...``."""
+
+    def encoding_settings(self) -> Mapping[str, Any]:
+        """What the encoders' outputs depend on besides their weights and configurations, as plain values."""
+        return {}
 
     @property
     def device(self) -> torch.device:
@@ -94,4 +102,4 @@ class DiffusionPolicy(nn.Module, ABC):
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
-        """Write what plain diffusers loads: LoRA weights for ``load_lora_weights``, or a ``unet`` folder."""
+        """Write what plain diffusers loads: LoRA weights for ``load_lora_weights``, or the denoiser's folder."""

@@ -139,7 +139,7 @@ class LatentDiffusion(DiffusionPolicy):
         if getattr(config, "latents_mean", None) is not None:
             raise ConfigError("VAE: per-channel latents_mean and latents_std are not supported; use another VAE.")
         self.latent_channels = config.latent_channels
-        channels = self.denoiser.config.in_channels
+        channels = self._channels_read()
         if channels != self.latent_channels:
             raise ConfigError(
                 f"base model: its {self.denoiser_name} reads {channels} channels and its VAE's latents have "
@@ -147,7 +147,14 @@ class LatentDiffusion(DiffusionPolicy):
                 "text to image"
             )
         self.downscale = 2 ** (len(config.block_out_channels) - 1)
-        self.image_size = self.denoiser.config.sample_size * self.downscale
+        self.image_size = self._own_size()
+
+    def _channels_read(self) -> int:
+        """How many of the latents' channels the denoiser is made for."""
+        return self.denoiser.config.in_channels
+
+    def _own_size(self) -> int:
+        return self.denoiser.config.sample_size * self.downscale
 
     # Networks
 

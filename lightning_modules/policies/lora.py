@@ -28,7 +28,8 @@ class LoRA(Adaptation):
     Attributes:
         rank: rows of A.
         alpha: numerator of the scale; None takes ``rank``, that is, scale 1.
-        targets: names' ends of the layers that get an adapter.
+        targets: names' ends of the layers that get an adapter; None is what the policy's kind of model has: to_q, to_k,
+            to_v and to_out.0 for Stable Diffusion and SDXL, those of the official recipes for SD3 and FLUX.
         init: distribution of A: "gaussian" (std 1 / rank, as the diffusers examples and SPO have it) or
             "kaiming" (uniform, peft's default).
         weights: LoRA weights to start from, of diffusers' or kohya's kind: a file, a folder that holds one, or
@@ -41,7 +42,7 @@ class LoRA(Adaptation):
 
     rank: int = 4
     alpha: float | None = None
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: tuple[str, ...] | None = None
     init: Literal["gaussian", "kaiming"] = "gaussian"
     weights: str | None = None
 
@@ -50,13 +51,16 @@ class LoRA(Adaptation):
         """alpha / rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
+    def _targets(self, policy: DiffusionPolicy) -> tuple[str, ...]:
+        return policy.lora_targets if self.targets is None else self.targets
+
     def apply(self, policy: DiffusionPolicy) -> None:
         denoiser: Any = policy.denoiser
         # peft scales by lora_alpha / r, whatever number type it is given; its annotation says int.
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
-            target_modules=list(self.targets),
+            target_modules=list(self._targets(policy)),
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
         )
         try:
@@ -64,7 +68,7 @@ class LoRA(Adaptation):
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
-                f"LoRA: rank {self.rank}, targets {self.targets} do not fit this denoiser; "
+                f"LoRA: rank {self.rank}, targets {self._targets(policy)} do not fit this denoiser; "
                 f"name the ends of its layers, such as to_q. ({reason})"
             ) from error
         for name, parameter in denoiser.named_parameters():
@@ -85,7 +89,7 @@ class LoRA(Adaptation):
             layers = sorted({key.split(".lora_")[0] for key in found})
             theirs = f"rank {', '.join(map(str, ranks))} and adapt {len(layers)} layers, {layers[0]} the first"
             raise ConfigError(
-                f"LoRA: the weights {name} don't fit rank {self.rank} and targets {', '.join(self.targets)}: "
+                f"LoRA: the weights {name} don't fit rank {self.rank} and targets {', '.join(self._targets(policy))}: "
                 f"{difference}; they are of {theirs}"
             )
         rescaled = {key: value / self.scale if ".lora_B." in key else value for key, value in found.items()}

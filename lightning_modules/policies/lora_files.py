@@ -27,6 +27,9 @@ FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 def write_lora(folder: Path, policy: DiffusionPolicy, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write adapters for plain diffusers and, as ``kohya/lora.safetensors``, for programs that read kohya's kind.
 
+    Keys are peft's as they are. diffusers' own conversion, which renames some for UNets, would make its loader of SD3
+    drop half of a transformer's with no more than a warning. ComfyUI reads a transformer's file under these names, too.
+
     Args:
         folder: exists; ``load_lora_weights(folder)`` reads the first.
         policy: whose adapters they are.
@@ -39,6 +42,8 @@ def write_lora(folder: Path, policy: DiffusionPolicy, weights: Mapping[str, Tens
         folder, **{f"{name}_lora_layers": dict(weights), f"{name}_lora_adapter_metadata": plain}
     )
     _sort_metadata(folder / FILE)
+    if not policy.writes_kohya:
+        return
     (folder / "kohya").mkdir()
     save_file(_as_kohya(weights), folder / "kohya" / "lora.safetensors", metadata={"format": "pt"})
 
@@ -90,8 +95,11 @@ def read_lora_of(name: str, kind: type[DiffusionPolicy], config: Any) -> dict[st
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118  # no iterator
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        _fold_alphas(tensors)
-        found, _ = kind.lora_loader.lora_state_dict(dict(tensors), unet_config=config)
+        if kind.writes_kohya:
+            _fold_alphas(tensors)
+            found, _ = kind.lora_loader.lora_state_dict(dict(tensors), unet_config=config)
+        else:
+            found = tensors
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -104,7 +112,14 @@ def read_lora_of(name: str, kind: type[DiffusionPolicy], config: Any) -> dict[st
             f"LoRA weights {file}: they adapt {', '.join(others)}, too, and only the {kind.denoiser_name} is adapted "
             f"here; give a file with its layers alone"
         )
-    weights = convert_unet_state_dict_to_peft({key.removeprefix(prefix): value for key, value in found.items()})
+    weights = {key.removeprefix(prefix): value for key, value in found.items()}
+    if kind.writes_kohya:
+        weights = convert_unet_state_dict_to_peft(weights)
+    elif not all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in weights):
+        raise ConfigError(
+            f"LoRA weights {file}: for a {kind.denoiser_name} they are read under peft's names alone, "
+            f"{kind.denoiser_name}.<layer>.lora_A.weight; give a file of diffusers' newer kind"
+        )
     if (
         settings.get(f"{prefix}alpha_pattern")
         or settings.get(f"{prefix}use_rslora")

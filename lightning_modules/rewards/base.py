@@ -139,7 +139,7 @@ class StepRewardModel(FrozenScorer):
 
     @abstractmethod
     def score(
-        self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str], timesteps: Int[Tensor, " n"]
+        self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str], timesteps: Real[Tensor, " n"]
     ) -> Float[Tensor, " n"]:
         """One score per picture, in fp32 on the pictures' device.
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 from torch import Tensor
 
 from lightning_modules.rewards.base import PreferenceModel, ReadPrompts, RewardModel, StepRewardModel
@@ -75,12 +75,12 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel, PreferenceModel):
         device = self.model.logit_scale.device
         return text_embeds(self.model, ids.to(device), mask.to(device))
 
-    def encode_images(self, images: Float[Tensor, "n 3 H W"], timesteps: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+    def encode_images(self, images: Float[Tensor, "n 3 H W"], timesteps: Real[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Unit vectors of pictures in [0, 1], fp32. With gradients where the model trains."""
         return self.encode_pixels(self.preprocess(images), timesteps)
 
     def encode_pixels(
-        self, pixels: Float[Tensor, "n 3 crop crop"], timesteps: Int[Tensor, " n"]
+        self, pixels: Float[Tensor, "n 3 crop crop"], timesteps: Real[Tensor, " n"]
     ) -> Float[Tensor, "n d"]:
         """As ``encode_images``, for pictures that went through ``preprocess``."""
         return time_conditioned_embeds(self.model, pixels, timesteps)
@@ -104,7 +104,7 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel, PreferenceModel):
         self,
         images: Float[Tensor, "n 3 h w"],
         prompts: Sequence[str],
-        timesteps: Int[Tensor, " n"] | None = None,
+        timesteps: Real[Tensor, " n"] | None = None,
     ) -> Float[Tensor, " n"]:
         """One score per picture, fp32.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 FREQUENCIES = 256  # numbers a timestep becomes before the MLP; the published models' size
@@ -25,7 +25,7 @@ class TimeEmbedder(nn.Module):
             nn.init.zeros_(layer.bias)
         self.mlp = nn.Sequential(layers[0], nn.SiLU(), layers[1])
 
-    def forward(self, timesteps: Int[Tensor, " n"]) -> Float[Tensor, "n width"]:
+    def forward(self, timesteps: Real[Tensor, " n"]) -> Float[Tensor, "n width"]:
         half = FREQUENCIES // 2
         steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
         angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
@@ -70,7 +70,7 @@ def modulated_layer(
 
 
 def time_conditioned_embeds(
-    clip: Any, pixels: Float[Tensor, "n 3 h w"], timesteps: Int[Tensor, " n"]
+    clip: Any, pixels: Float[Tensor, "n 3 h w"], timesteps: Real[Tensor, " n"]
 ) -> Float[Tensor, "n d"]:
     """Unit vectors of preprocessed pictures at their timesteps, fp32."""
     vision = clip.vision_model
