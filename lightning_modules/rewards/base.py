@@ -207,7 +207,7 @@ class PreferenceModel(FrozenScorer):
 
     @abstractmethod
     def encode_seen(
-        self, seen: Float[Tensor, "n ..."], timesteps: Int[Tensor, " n"], prompts: ReadPrompts
+        self, seen: Float[Tensor, "n ..."], timesteps: Real[Tensor, " n"], prompts: ReadPrompts
     ) -> Float[Tensor, "n d"]:
         """Unit vectors, fp32. With gradients where the model trains.
 

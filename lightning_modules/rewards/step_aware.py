@@ -89,7 +89,7 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel, PreferenceModel):
         return ReadPrompts(self.encode_text(prompts))
 
     def encode_seen(
-        self, seen: Float[Tensor, "n 3 H W"], timesteps: Int[Tensor, " n"], prompts: ReadPrompts
+        self, seen: Float[Tensor, "n 3 H W"], timesteps: Real[Tensor, " n"], prompts: ReadPrompts
     ) -> Float[Tensor, "n d"]:
         return self.encode_images(seen, timesteps)
 
