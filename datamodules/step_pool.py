@@ -125,10 +125,10 @@ class StepPoolDataModule(CursorDataModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage != "fit":
-            return
-        check_trainer(self._running)
-        check_objective(self._objective, "data.sampler", asdict(self.sampler))
+        if stage == "fit":
+            check_trainer(self._running)
+            check_objective(self._objective, "data.sampler", asdict(self.sampler))
+            check_decoder(self._running.lightning_module, self.decoder, self.decoder_checks)
         if self.scorer is not None:
             self.scorer.check(self._policy)
 
@@ -251,8 +251,8 @@ class StepPoolDataModule(CursorDataModule):
         manifest = read_manifest(self._folder(name))
         per_step = self.pairs_per_batch * self.accumulated
         pairs = manifest.counts["pairs"]
-        if pairs < max(self.min_pairs, per_step):
-            raise DataError(too_few(self._folder(name), manifest, per_step, self.pairs_per_batch, self.min_pairs))
+        check_pairs(self._folder(name), manifest, per_step, self.pairs_per_batch, self.min_pairs)
+        check_agreement(self._folder(name), manifest, self.decoder)
         if self.reuse:
             check_reused(self._policy, self._objective, self.sampler, self._folder(name))
         batches = pairs // per_step * self.accumulated
@@ -407,9 +407,46 @@ def check_reused(policy: DiffusionPolicy, objective: Any, sampler: StepSampler, 
         )
 
 
-def too_few(folder: Path, manifest: Manifest, per_step: int, per_batch: int, least: int) -> str:
-    """About a pool that doesn't fill an optimizer step, or has fewer than ``data.min_pairs``."""
-    return (
+def check_decoder(module: Any, decoder: TinyDecoder | None, checks: int) -> None:
+    """
+    Raises:
+        ConfigError: it is one for other latents, or agreement is demanded of it and nothing is checked.
+    """
+    if decoder is None:
+        return
+    policy = policy_of(module)
+    if (decoder.latent_channels, decoder.downscale) != (policy.latent_channels, policy.downscale):
+        raise ConfigError(
+            f"data.decoder reads {decoder.latent_channels} channels and makes {decoder.downscale} pixels of a latent, "
+            f"the policy's latents have {policy.latent_channels} and {policy.downscale}; give the decoder of its VAE"
+        )
+    if decoder.least_agreement is not None and not checks:
+        raise ConfigError("data.decoder.least_agreement needs data.decoder_checks: prompts judged behind the VAE too")
+
+
+def check_agreement(folder: Path, manifest: Manifest, decoder: TinyDecoder | None) -> None:
+    """
+    Raises:
+        DataError: behind the VAE too many of the checked comparisons would have gone another way.
+    """
+    found = manifest.statistics.get("decoder_agreement")
+    least = None if decoder is None else decoder.least_agreement
+    if least is not None and found is not None and found < least:
+        raise DataError(
+            f"the pool {folder} was judged behind a decoder that leads to the VAE's best and worst candidate in "
+            f"{found:.3f} of the checked comparisons, and data.decoder.least_agreement is {least}; lower that, or "
+            "judge behind the VAE: data.decoder=null"
+        )
+
+
+def check_pairs(folder: Path, manifest: Manifest, per_step: int, per_batch: int, least: int) -> None:
+    """
+    Raises:
+        DataError: a pool doesn't fill an optimizer step, or has fewer pairs than ``data.min_pairs``.
+    """
+    if manifest.counts["pairs"] >= max(least, per_step):
+        return
+    raise DataError(
         f"the pool {folder} has {manifest.counts['pairs']} pairs of {manifest.counts['prompts']} prompts, needed are "
         f"{max(least, per_step)}: an optimizer step takes {per_batch} per batch over all "
         f"ranks x {per_step // per_batch} accumulated, and data.min_pairs is {least}. {what_to_change(manifest)}"

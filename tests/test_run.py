@@ -120,6 +120,7 @@ def test_packaged_configs_parse_and_say_what_they_cost(name, folder, capsys):
         ("dpo_sd15", "dmpo"), ("dpo_sdxl", "dmpo"), ("dpo_sd15", "dspo"), ("dpo_sd15", "kto"), ("dpo_sdxl", "mapo"),
         ("dpo_sd15", "sdpo"), ("dpo_sdxl", "sdpo"), ("dpo_tiny", "automatic_beta"),
         ("dpo_sd15", "smaller_card"), ("spo_sd15", "smaller_card"),
+        ("spo_sd15", "tiny_decoder"), ("spo_tiny", "tiny_decoder"),
     ],
 )  # fmt: skip
 def test_overlays_compose(below, overlay, folder, capsys):
@@ -128,10 +129,12 @@ def test_overlays_compose(below, overlay, folder, capsys):
     assert exit_.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     expected = {"lora": ("reference", "lightning_modules.references.AdapterOff"),
-                "pickapic": None, "smaller_card": None}  # fmt: skip
+                "pickapic": None, "smaller_card": None, "tiny_decoder": None}  # fmt: skip
     objectives = {"sft": "SFT", "dmpo": "DMPO", "dspo": "DSPO", "mapo": "MaPO", "kto": "KTO", "sdpo": "Safeguard",
                   "automatic_beta": "AutomaticBeta"}  # fmt: skip
     expected |= {name: ("objective", f"lightning_modules.objectives.{kind}") for name, kind in objectives.items()}
+    if overlay == "tiny_decoder":
+        assert printed["data"]["init_args"]["decoder"]["init_args"]["pretrained"] == "madebyollin/taesd"
     if overlay == "smaller_card":
         assert printed["data"]["init_args"]["batch_size"] == 1
         assert (

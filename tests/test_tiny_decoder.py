@@ -1,16 +1,20 @@
 """The tiny decoder as a run uses it: named in a YAML, judged against the VAE, its cost counted."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datamodules.step_pool import StepPoolDataModule
+from datamodules.pools.fingerprint import fingerprint
+from datamodules.step_pool import StepPoolDataModule, check_decoder
 from experiments import run
-from lightning_modules.errors import ConfigError
+from lightning_modules.errors import ConfigError, DataError
+from lightning_modules.policies import Frozen, StableDiffusion
 from lightning_modules.policies.tiny_decoder import TinyDecoder
+from lightning_modules.sampling.comparisons import Comparisons
 from lightning_modules.sampling.step_sampler import StepSampler
 from lightning_modules.sampling.step_scorers import RandomScorer
 
@@ -50,8 +54,13 @@ def decoder(tmp_path_factory):
     """A real ``AutoencoderTiny`` of random weights."""
     folder = tmp_path_factory.mktemp("taesd")
     torch.manual_seed(0)
-    blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
-    AutoencoderTiny(**blocks, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).save_pretrained(folder)
+    return save_a_decoder(folder, levels=4)
+
+
+def save_a_decoder(folder, levels):
+    blocks = {"encoder_block_out_channels": (8,) * levels, "decoder_block_out_channels": (8,) * levels}
+    ones = (1,) * levels
+    AutoencoderTiny(**blocks, num_encoder_blocks=ones, num_decoder_blocks=ones).save_pretrained(folder)
     return folder
 
 
@@ -71,6 +80,47 @@ def test_a_run_reports_and_counts_how_far_its_decoder_agrees(decoder, pipelines,
     events.Reload()
     (shown,) = events.Scalars("pool/decoder_agreement")
     assert shown.value == statistics["decoder_agreement"]
+
+
+def start(decoder, pipelines, folder, *more):
+    folder.mkdir(exist_ok=True)
+    config = folder / "spo.yaml"
+    config.write_text(CONFIG.format(pipelines=pipelines, decoder=decoder))
+    run.main(["--config", str(config), "--run_dir", str(folder / "run"), *more])
+
+
+def test_a_run_can_demand_a_least_agreement(decoder, pipelines, tmp_path, monkeypatch):
+    # Three of four checked comparisons agree.
+    monkeypatch.setattr(Comparisons, "metrics", lambda self: metrics(self) | {"decoder_agreement": 0.75})
+    start(decoder, pipelines, tmp_path / "met", "--data.decoder.least_agreement=0.75")
+    told = "in 0.750 of the checked comparisons, and data.decoder.least_agreement is 0.76; lower that, or"
+    with pytest.raises(DataError, match=told) as caught:
+        start(decoder, pipelines, tmp_path / "not", "--data.decoder.least_agreement=0.76")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_demand_that_means_nothing_is_refused(decoder, pipelines):
+    module = SimpleNamespace(policy=StableDiffusion(str(pipelines / "tiny-sd15"), Frozen()))
+    demanding = TinyDecoder(str(decoder), least_agreement=0.5)
+    check_decoder(module, demanding, checks=1)
+    with pytest.raises(ConfigError, match="needs data.decoder_checks"):
+        check_decoder(module, demanding, checks=0)
+    with pytest.raises(ConfigError, match="a share from 0 to 1, got 1.5"):
+        TinyDecoder(str(decoder), least_agreement=1.5)
+
+
+metrics = Comparisons.metrics
+
+
+def test_what_is_demanded_names_no_other_pool(decoder):
+    assert fingerprint(TinyDecoder(str(decoder))) == fingerprint(TinyDecoder(str(decoder), least_agreement=0.5))
+
+
+def test_a_decoder_for_other_latents_is_refused(pipelines, tmp_path):
+    decoder = save_a_decoder(tmp_path / "two", levels=2)
+    with pytest.raises(ConfigError, match="reads 4 channels and makes 2 pixels of a latent, .* have 4 and 8; give"):
+        start(decoder, pipelines, tmp_path)
+    assert not (tmp_path / "run" / "pools").exists()
 
 
 def test_a_decoder_that_is_no_decoder_is_named(pipelines, tmp_path):

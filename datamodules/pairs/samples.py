@@ -76,15 +76,15 @@ class PairTransform:
         size = max(side, round(width * scale)), max(side, round(height * scale))
         if size[0] * size[1] > max(MAX_PICTURE_PIXELS, side * side):
             raise DataError(f"a picture of {width}x{height} px is too narrow to be resized to {side} px")
-        resized = image.resize(size, Image.Resampling.BICUBIC)
+        resized = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
         # int() rounds down: 0.5 gives the same centre crop as torchvision and never leaves the picture.
         left = int(position[0] * (resized.width - side))
         top = int(position[1] * (resized.height - side))
-        square = resized.crop((left, top, left + side, top + side))
+        square = resized if size == (side, side) else resized.crop((left, top, left + side, top + side))
         if mirror:
             # The same pixels as flipping the resized picture and cropping there, at the mirrored offset.
             square, left = ImageOps.mirror(square), resized.width - side - left
-        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1.0
+        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
         return pixels, torch.tensor([height, width, top, left, side, side], dtype=torch.float32)
 
 

@@ -70,7 +70,7 @@ SIZES = {
                          "num_attention_heads": 6},
          "vision_config": {"hidden_size": 288, "intermediate_size": 1152, "num_hidden_layers": 12,
                            "num_attention_heads": 6, "image_size": 224, "patch_size": 16}},
-        steps=10, branch_from_step=2, candidates=4, prompts=1, pairs=2, side=512, samples=200, loop_steps=60),
+        steps=5, branch_from_step=1, candidates=4, prompts=1, pairs=2, side=512, samples=200, loop_steps=60),
     "sd15": Size(SD15_UNET, VAE, (CLIP_L,), CLIP_H, steps=20, branch_from_step=4, candidates=4, prompts=10, pairs=8,
                  side=512, samples=1000, loop_steps=100),
     "sdxl": Size(SDXL_UNET, VAE, (CLIP_L, CLIP_G), CLIP_H, steps=20, branch_from_step=4, candidates=2, prompts=2,
@@ -120,8 +120,6 @@ def tiny_decoder(size: Size, folder: Path, device: str) -> TinyDecoder:
     place = folder / "taesd"
     if not place.exists():
         torch.manual_seed(0)
-        depth = 4 if size.vae is not None else 2
-        blocks = (1, 3, 3, 3)[:depth]
-        AutoencoderTiny(encoder_block_out_channels=(width,) * depth, decoder_block_out_channels=(width,) * depth,
-                        num_encoder_blocks=blocks, num_decoder_blocks=blocks[::-1]).save_pretrained(place)  # fmt: skip
+        AutoencoderTiny(encoder_block_out_channels=(width,) * 4,
+                        decoder_block_out_channels=(width,) * 4).save_pretrained(place)  # fmt: skip
     return TinyDecoder(str(place)).to(device)

@@ -100,3 +100,28 @@ def test_a_training_step(step, rounds, clock, rows):
     assert (gradient - wanted).abs().max() <= 1e-3 * wanted.abs().max()
     rows.ratio("DPO training step from pixels", timings, "official", "pixels")
     rows.ratio("DPO training step from cached latents", timings, "official", "cached")
+
+
+def test_a_fused_optimizer(size, networks, device, rounds, clock, rows):
+    """``--model.optimizer.fused=true``: AdamW's update of a whole UNet alone; equal up to rounding."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [tuple(p.shape) for p in policy(size, networks, FullFineTuning(), "cpu").unet.parameters()]
+    weights = [torch.randn(shape, generator=draw) for shape in shapes]
+    gradients = [torch.randn(shape, generator=draw).to(device) for shape in shapes]
+
+    def updated(fused):
+        own = [torch.nn.Parameter(weight.to(device, copy=True)) for weight in weights]
+        for parameter, gradient in zip(own, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer = torch.optim.AdamW(own, lr=1e-3, weight_decay=0.01, fused=fused)
+
+        def step():
+            optimizer.step()
+            return own
+
+        return step
+
+    timings = alternate({"AdamW": updated(None), "fused": updated(True)}, rounds, clock)
+    for plain, fused in zip(timings.results["AdamW"], timings.results["fused"], strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+    rows.ratio("AdamW's update alone, fused", timings, "AdamW", "fused", numbers=sum(w.numel() for w in weights))
