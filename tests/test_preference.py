@@ -323,7 +323,7 @@ def test_settings_that_cannot_be_are_refused(pipelines):
         make(pipelines, guidance_scale=0.5)
 
 
-@pytest.mark.parametrize("name", ["spm_sd15", "spm_sdxl", "spm_tiny"])
+@pytest.mark.parametrize("name", ["spm_sd15", "spm_sdxl", "spm_tiny", "lrm_sd15", "lrm_sdxl", "lrm_tiny"])
 def test_packaged_configs_parse_and_say_what_they_cost(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:

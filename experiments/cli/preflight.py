@@ -263,4 +263,5 @@ CHECKS: dict[str, Callable[[str, Any, Mapping[str, Any]], Iterator[str]]] = {
     "prompts": _prompts, "test_prompts": _prompts, "shards": _shards, "val_shards": _shards, "liked": _shards,
     "unliked": _shards, "reuse": _pools,
     "pretrained": _weights, "unet": _weights, "vae": _weights, "processor": _weights, "checkpoint": _weights,
+    "tokenizer": _weights,
 }  # fmt: skip
