@@ -74,13 +74,12 @@ class StepCandidates:
 
 
 class StepScorer(nn.Module, ABC):
-    """Scores the candidates of a step; higher is better. Only differences between one prompt's candidates matter.
+    """Scores the candidates of a step; higher is better. Only differences between one prompt's candidates matter."""
 
-    Attributes:
-        sees_pictures: whether it looks at decoded candidates.
-    """
-
-    sees_pictures: bool = True
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether it looks at decoded candidates."""
+        return True
 
     @abstractmethod
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
@@ -123,11 +122,13 @@ class LatentScorer(StepScorer):
         model: judges noisy latents.
     """
 
-    sees_pictures = False
-
     def __init__(self, model: LatentStepRewardModel) -> None:
         super().__init__()
         self.model = model
+
+    @property
+    def sees_pictures(self) -> bool:
+        return False
 
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
         return self.model.score(candidates.latents, candidates.prompts, candidates.started_at)
@@ -164,11 +165,13 @@ class RandomScorer(StepScorer):
         scale: standard deviation of the scores.
     """
 
-    sees_pictures = False
-
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
+
+    @property
+    def sees_pictures(self) -> bool:
+        return False
 
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
         return self.scale * candidates.control_noise.flatten()
@@ -185,7 +188,11 @@ class ShuffledScorer(StepScorer):
 
     def __init__(self, scorer: StepScorer) -> None:
         super().__init__()
-        self.scorer, self.sees_pictures = scorer, scorer.sees_pictures
+        self.scorer = scorer
+
+    @property
+    def sees_pictures(self) -> bool:
+        return self.scorer.sees_pictures
 
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
         scores = self.scorer.score(candidates).reshape(candidates.control_noise.shape)
