@@ -29,10 +29,10 @@ from lightning_modules.terminal import literal
 METHODS = {
     "dpo": "--config dpo_tiny",
     "ipo": "--config dpo_tiny --model.objective=IPO",
-    "dmpo": "--config dpo_tiny --model.objective=DMPO",
+    "dmpo": "--config dpo_tiny --model.objective=DMPO --model.objective.beta=1000",
     "dspo": "--config dpo_tiny --model.objective=DSPO",
     "sdpo": "--config dpo_tiny --model.objective=Safeguard --model.objective.objective=DPO"
-    " --model.objective.objective.beta=1000",
+    " --model.objective.objective.beta=1000 --model.objective.mu=0.2",
     "mapo": "--config dpo_tiny --model.objective=MaPO",
     "automatic_beta": "--config dpo_tiny --model.objective=AutomaticBeta --model.objective.objective=DPO",
     "sft": "--config dpo_tiny --config sft",
