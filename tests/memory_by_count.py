@@ -17,12 +17,22 @@ from typing import Any
 from unittest.mock import Mock
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.policies.flux import Flux
 from lightning_modules.policies.lora import LoRA
+from lightning_modules.policies.sd3 import StableDiffusion3
 from lightning_modules.rewards.time_conditioning import add_time_conditioning
 
 DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
@@ -59,6 +69,30 @@ VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
+}
+# stabilityai/stable-diffusion-3.5-medium, transformer/config.json
+SD35_MEDIUM: dict[str, Any] = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+# black-forest-labs/FLUX.1-dev, transformer/config.json
+FLUX_DEV: dict[str, Any] = {"guidance_embeds": True}
+# The autoencoders of both, which differ in their factors alone.
+VAE_16: dict[str, Any] = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+# google/t5-v1_1-xxl
+T5_XXL: dict[str, Any] = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
 }
 # openai/clip-vit-large-patch14 and laion/CLIP-ViT-bigG-14-laion2B-39B-b160k, text towers
 CLIP_L: dict[str, Any] = {
@@ -105,11 +139,22 @@ def step_aware_model() -> nn.Module:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "SD 1.5 UNet": lambda: UNet2DConditionModel(**SD15_UNET),
     "SDXL UNet": lambda: UNet2DConditionModel(**SDXL_UNET),
+    "SD 3.5 medium transformer": lambda: SD3Transformer2DModel(**SD35_MEDIUM),
+    "FLUX.1-dev transformer": lambda: FluxTransformer2DModel(**FLUX_DEV),
     "VAE": lambda: AutoencoderKL(**VAE),
+    "VAE of 16 channels": lambda: AutoencoderKL(**VAE_16),
+    # The model's own names its token table twice.
+    "T5-XXL encoder": lambda: T5EncoderModel(T5Config(**T5_XXL)).encoder,
     "CLIP ViT-L text encoder": lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L)),
     "OpenCLIP ViT-bigG text encoder": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G)),
     "PickScore (CLIP ViT-H)": lambda: CLIPModel(CLIPConfig(**CLIP_H)),
     "step-aware preference model": step_aware_model,
+}
+
+
+LORA_TARGETS = {
+    "SD 3.5 medium transformer": StableDiffusion3.lora_targets,
+    "FLUX.1-dev transformer": Flux.lora_targets,
 }
 
 
@@ -122,12 +167,16 @@ def numbers(name: str) -> int:
 
 @cache
 def trained_shapes(unet: str, rank: int | None) -> Shapes:
-    """Shapes of what trains: the UNet's own weights, or with a rank its LoRA on ``LoRA.targets``."""
+    """Shapes of what trains: the UNet's own weights, or with a rank its LoRA on the layers of its kind."""
     with torch.device("meta"):
         network = NETWORKS[unet]()
         if rank is not None:
             LoRA(rank=rank).apply(
-                Mock(spec=DiffusionPolicy, denoiser=network, lora_targets=DiffusionPolicy.lora_targets)
+                Mock(
+                    spec=DiffusionPolicy,
+                    denoiser=network,
+                    lora_targets=LORA_TARGETS.get(unet, DiffusionPolicy.lora_targets),
+                )
             )
     return [tuple(parameter.shape) for parameter in network.parameters() if parameter.requires_grad]
 
@@ -185,6 +234,7 @@ TEXT = {
     "SD 1.5 UNet": ("CLIP ViT-L text encoder",),
     "SDXL UNet": ("CLIP ViT-L text encoder", "OpenCLIP ViT-bigG text encoder"),
 }
+CLIPS = ("CLIP ViT-L text encoder", "OpenCLIP ViT-bigG text encoder")
 SPO_RANK = {"SD 1.5 UNet": 4, "SDXL UNet": 64}  # the configs spo_sd15 and spo_sdxl
 
 
@@ -198,6 +248,14 @@ def trainings() -> list[Training]:
             Training(unet, f"SPO, LoRA rank {rank}", rank, (*frozen, "step-aware preference model")),
             Training(unet, "SFT, full", None, frozen),
         ]
+    sd35, flux = "SD 3.5 medium transformer", "FLUX.1-dev transformer"
+    frozen = ("VAE of 16 channels", *CLIPS, "T5-XXL encoder")
+    found += [
+        Training(sd35, "DPO, full", None, frozen, copy=True),
+        Training(sd35, "DPO, LoRA rank 32", 32, frozen),
+        Training(sd35, "SPO, LoRA rank 32", 32, (*frozen, "PickScore (CLIP ViT-H)")),
+        Training(flux, "DPO, LoRA rank 64", 64, ("VAE of 16 channels", CLIPS[0], "T5-XXL encoder")),
+    ]
     return found
 
 
@@ -226,7 +284,12 @@ def training_table() -> str:
             base = held["weights"] + held["gradients"] + held["copy"]
             trained = sum(map(prod, trained_shapes(training.unet, training.rank)))
             rows.append(
-                [training.unet.removesuffix(" UNet"), training.method, precision, f"{trained / 1e6:.1f} M"]
+                [
+                    training.unet.removesuffix(" UNet").removesuffix(" transformer"),
+                    training.method,
+                    precision,
+                    f"{trained / 1e6:.1f} M",
+                ]
                 + [gigabytes(held[part]) for part in ("weights", "gradients", "copy")]
                 + [f"{gigabytes(held[name])} / {gigabytes(base + held[name])}" for name in OPTIMIZERS]
                 + ["not measured", "not measured"]

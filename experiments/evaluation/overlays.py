@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DENOISERS = {
     "StableDiffusion": "unet",
     "StableDiffusionXL": "unet",
+    "StableDiffusionAsFlow": "unet",
     "StableDiffusion3": "transformer",
     "Flux": "transformer",
 }

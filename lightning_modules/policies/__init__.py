@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_modules.policies.adaptation import Adaptation, Frozen, FullFineTuning
+    from lightning_modules.policies.as_flow import StableDiffusionAsFlow
     from lightning_modules.policies.base import DiffusionPolicy
     from lightning_modules.policies.flux import Flux
     from lightning_modules.policies.latent_diffusion import LatentDiffusion
@@ -26,6 +27,7 @@ __all__ = [
     "LoRA",
     "StableDiffusion",
     "StableDiffusion3",
+    "StableDiffusionAsFlow",
     "StableDiffusionXL",
     "TinyDecoder",
 ]
@@ -41,6 +43,7 @@ _MODULES = {
     "LoRA": "lora",
     "StableDiffusion": "stable_diffusion",
     "StableDiffusion3": "sd3",
+    "StableDiffusionAsFlow": "as_flow",
     "StableDiffusionXL": "sdxl",
     "TinyDecoder": "tiny_decoder",
 }

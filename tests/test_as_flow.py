@@ -1,0 +1,75 @@
+"""A noise predictor as a flow: the same steps as DDIM's in other coordinates, and pure noise at the one end."""
+
+import pytest
+import torch
+
+from lightning_modules.batches import DenoiserQuery
+from lightning_modules.policies import LoRA, StableDiffusion, StableDiffusionAsFlow
+from lightning_modules.randomness import generator
+from lightning_modules.sampling.pictures import Sampler, initial_noise
+from lightning_modules.schedules.base import per_sample
+
+ROWS = torch.tensor([951, 501, 51])
+NEXT = torch.tensor([901, 451, 1])
+
+
+@pytest.fixture(scope="module")
+def both(pipelines):
+    folder = str(pipelines / "tiny-sd15")
+    torch.manual_seed(0)
+    plain = StableDiffusion(folder, LoRA()).eval()
+    torch.manual_seed(0)
+    return plain, StableDiffusionAsFlow(folder, LoRA()).eval()
+
+
+def levels(schedule, timesteps):
+    """The flow's timesteps of a table's rows, and what its latents are multiplied by to be variance preserving."""
+    signal, noise = schedule.signal_and_noise(timesteps)
+    level = noise / (signal + noise)
+    return 1000 * level, per_sample(signal / (1 - level))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("guidance", "eta"), [(1.0, 0.0), (2.0, 0.0), (2.0, 1.0)])
+def test_a_step_is_ddims(both, guidance, eta):
+    plain, flow = both
+    start, scale = levels(plain.schedule, ROWS)
+    end, next_scale = levels(plain.schedule, NEXT)
+    x, noise = torch.randn(2, 3, 4, 8, 8, generator=generator(0))
+    cond = plain.encode_prompts(["a cat", "a dog", "the sea"])
+    output = flow.predict_noise(DenoiserQuery(x, start, cond, guidance))
+    theirs = plain.predict_noise(DenoiserQuery(scale * x, ROWS, cond, guidance))
+    expected = plain.schedule.step(theirs, scale * x, ROWS, NEXT, eta, noise)
+    found = next_scale * flow.schedule.step(output, x, start, end, eta, noise)
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_pure_noise_is_seen_at_the_noisiest_row_and_kept(both):
+    """s = 1: x' = (1 - s') x_0 + s' x, whatever the network takes x for."""
+    plain, flow = both
+    x = torch.randn(2, 4, 8, 8, generator=generator(1))
+    cond, last = plain.encode_prompts(["a cat", "a dog"]), torch.tensor([999, 999])
+    start, end = torch.full((2,), 1000.0), torch.full((2,), 950.0)
+    velocity = flow.predict_noise(DenoiserQuery(x, start, cond))
+    top, scale = levels(plain.schedule, last)
+    seen = scale * per_sample(top / 1000) * x
+    clean, _ = plain.schedule.predict_clean(plain.predict_noise(DenoiserQuery(seen, last, cond)), seen, last)
+    found = flow.schedule.step(velocity, x, start, end, 0.0)
+    assert (found - (0.05 * clean + 0.95 * x)).abs().max() <= 1e-3 * clean.abs().max()
+
+
+@torch.no_grad()
+def test_every_level_has_a_finite_velocity(both):
+    _, flow = both
+    timesteps = torch.tensor([1000.0, 936.0, 500.0, 10.0, 0.0])
+    x = torch.randn(5, 4, 8, 8, generator=generator(2))
+    velocity = flow.predict_noise(DenoiserQuery(x, timesteps, flow.encode_prompts(["a"] * 5)))
+    assert velocity.isfinite().all()
+
+
+def test_pictures_start_at_pure_noise_and_have_the_bases_size(both):
+    _, flow = both
+    noise, sources = initial_noise(flow, [(0,), (1,)])
+    pictures = Sampler(steps=3, guidance_scale=2.0).generate(flow, flow.predict_noise, ["a", "b"], noise, sources)
+    assert pictures.shape == (2, 3, 64, 64)
