@@ -27,7 +27,7 @@ demo: $(BIN)/installed  ## Align the embedded tiny Stable Diffusion with SPO and
 
 # In the files' order: by number of tests, which is xdist's own, the long killing tests would come last, and alone.
 test: $(BIN)/installed  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(BIN)/installed  ## Style, formatting and the layers between packages
 	$(BIN)/ruff check .
