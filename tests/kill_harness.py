@@ -304,7 +304,8 @@ def import_everything() -> None:
         "callbacks.cost", "callbacks.resume.checkpointing", "datamodules.preference_pairs", "datamodules.step_pool",
         "experiments.cli.experiment_cli", "experiments.prepare_pickapic", "lightning.pytorch.loggers.tensorboard",
         "lightning_modules.alignment", "lightning_modules.preference", "lightning_modules.policies.stable_diffusion",
-        "lightning_modules.rewards.step_aware", "peft", "torch.utils.tensorboard", "kill_probe",
+        "lightning_modules.rewards.latent", "lightning_modules.rewards.step_aware", "peft",
+        "torch.utils.tensorboard", "kill_probe",
     ):  # fmt: skip
         importlib.import_module(name)
     run, policies = importlib.import_module("experiments.run"), importlib.import_module("lightning_modules.policies")

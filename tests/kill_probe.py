@@ -137,6 +137,9 @@ class Probe(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # by now references have made their copies
         self.trainer = trainer
         pl_module.policy.unet.register_forward_pre_hook(self._forward)
+        judge = getattr(getattr(pl_module, "preference", None), "unet", None)
+        if judge is not None:  # a latent reward model, which asks no policy
+            judge.mid_block.register_forward_pre_hook(self._forward)
 
     def _forward(self, network: Any, args: Any) -> None:
         if EVALUATION.is_running:

@@ -65,6 +65,17 @@ SPO = {
     },
 }
 
+LATENT_REWARD = {
+    "class_path": "LatentRewardModel",
+    "init_args": {"pretrained": "tiny-lrm-sd15", "tokenizer": "tiny-sd15", "guidance_scale": 2.0},
+}
+LPO = SPO | {
+    "data.init_args.sampler.branch_from_step": 0,
+    "data.init_args.sampler.threshold": {"class_path": "AlongSigma", "init_args": {"low": 0.01, "high": 0.02}},
+    "data.init_args.scorer": {"class_path": "LatentScorer", "init_args": {"model": LATENT_REWARD}},
+    "model.init_args.objective.init_args.beta": 500.0,
+}
+
 # Validated at the end of every second epoch, with which a checkpoint is written, and between checkpoints.
 EVALUATED = {
     "data.init_args.val_shards": "pixels",
@@ -160,6 +171,28 @@ KINDS = {
             },
         }
     ),
+    "latent reward model": Kind(
+        {
+            "model": {
+                "class_path": "StepAwarePreferenceModule",
+                "init_args": {
+                    "policy": {
+                        "class_path": "StableDiffusion",
+                        "init_args": {"pretrained": "tiny-sd15", "adaptation": {"class_path": "Frozen"}},
+                    },
+                    "preference": LATENT_REWARD
+                    | {"init_args": {"pretrained": "tiny-sd15", "tokenizer": "tiny-sd15", "untrained": True}},
+                    "labels": {"class_path": "HumanLabels"},
+                    "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-3}},
+                    "sees": {"class_path": "NoisyLatents"},
+                    "sampler_steps": 20,
+                    "independent_noise": True,
+                    "seed": 7,
+                },
+            },
+        }
+    ),
+    "LPO": Kind(LPO, places=("step", "checkpoint", "sampling", "shard")),
     "SPO, 2 processes": Kind(
         SPO | {"trainer.devices": 2, "trainer.strategy": "ddp", "data.init_args.batch_size": 1},
         ranks=2,
@@ -209,7 +242,7 @@ def settings(kind: Kind, folder: Path, pipelines: Path) -> dict[str, Any]:
             node[last[:-1]] = [*node[last[:-1]], *value]
         else:
             node[last] = json.loads(json.dumps(value))  # kinds share their settings' source
-    places = {name: str(pipelines / name) for name in ("tiny-sd15", "tiny-spm", "tiny-pickscore")}
+    places = {name: str(pipelines / name) for name in ("tiny-sd15", "tiny-spm", "tiny-lrm-sd15", "tiny-pickscore")}
     places |= {name: str(folder / name) for name in ("pixels", "latents", "liked", "unliked")}
     named: dict[str, Any] = json.loads(json.dumps(tree), object_hook=lambda node: {
         key: places.get(value, value) if isinstance(value, str) else value for key, value in node.items()
