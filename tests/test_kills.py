@@ -150,6 +150,24 @@ KINDS = {
         {"trainer.devices": 2, "trainer.strategy": "fsdp2", "data.init_args.batch_size": 1}, ranks=2
     ),
     "SPO": Kind(SPO, places=("step", "checkpoint", "sampling", "shard")),
+    "flow DPO": Kind(
+        {
+            "model.init_args.policy": {
+                "class_path": "StableDiffusion3",
+                "init_args": {"pretrained": "tiny-sd3", "adaptation": {"class_path": "LoRA"}, "t5_tokens": 16},
+            },
+        }
+    ),
+    "flow SPO": Kind(
+        SPO
+        | {
+            "model.init_args.policy": {
+                "class_path": "StableDiffusionAsFlow",
+                "init_args": {"pretrained": "tiny-sd15", "adaptation": {"class_path": "LoRA"}},
+            },
+        },
+        places=("step", "checkpoint", "sampling", "shard"),
+    ),
     "preference model": Kind(
         {
             "model": {
@@ -242,7 +260,8 @@ def settings(kind: Kind, folder: Path, pipelines: Path) -> dict[str, Any]:
             node[last[:-1]] = [*node[last[:-1]], *value]
         else:
             node[last] = json.loads(json.dumps(value))  # kinds share their settings' source
-    places = {name: str(pipelines / name) for name in ("tiny-sd15", "tiny-spm", "tiny-lrm-sd15", "tiny-pickscore")}
+    names = ("tiny-sd15", "tiny-sd3", "tiny-spm", "tiny-lrm-sd15", "tiny-pickscore")
+    places = {name: str(pipelines / name) for name in names}
     places |= {name: str(folder / name) for name in ("pixels", "latents", "liked", "unliked")}
     named: dict[str, Any] = json.loads(json.dumps(tree), object_hook=lambda node: {
         key: places.get(value, value) if isinstance(value, str) else value for key, value in node.items()
