@@ -136,7 +136,7 @@ class Probe(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # by now references have made their copies
         self.trainer = trainer
-        pl_module.policy.unet.register_forward_pre_hook(self._forward)
+        pl_module.policy.denoiser.register_forward_pre_hook(self._forward)
         judge = getattr(getattr(pl_module, "preference", None), "unet", None)
         if judge is not None:  # a latent reward model, which asks no policy
             judge.mid_block.register_forward_pre_hook(self._forward)
