@@ -156,7 +156,8 @@ KINDS = {
                 "class_path": "StableDiffusion3",
                 "init_args": {"pretrained": "tiny-sd3", "adaptation": {"class_path": "LoRA"}, "t5_tokens": 16},
             },
-        }
+        },
+        kills=4,
     ),
     "flow SPO": Kind(
         SPO
@@ -167,6 +168,7 @@ KINDS = {
             },
         },
         places=("step", "checkpoint", "sampling", "shard"),
+        kills=8,
     ),
     "preference model": Kind(
         {
@@ -208,9 +210,10 @@ KINDS = {
                     "seed": 7,
                 },
             },
-        }
+        },
+        kills=4,
     ),
-    "LPO": Kind(LPO, places=("step", "checkpoint", "sampling", "shard")),
+    "LPO": Kind(LPO, places=("step", "checkpoint", "sampling", "shard"), kills=8),
     "SPO, 2 processes": Kind(
         SPO | {"trainer.devices": 2, "trainer.strategy": "ddp", "data.init_args.batch_size": 1},
         ranks=2,
