@@ -19,8 +19,9 @@ from lightning_modules.batches import StepPairs
 from lightning_modules.objectives import SPO
 from lightning_modules.policies.lora import LoRA
 from lightning_modules.references import AdapterOff
+from lightning_modules.rewards.latent import LatentRewardModel
 from lightning_modules.sampling.step_sampler import SeededDraws, StepSampler
-from lightning_modules.sampling.step_scorers import StepAwareScorer
+from lightning_modules.sampling.step_scorers import LatentScorer, StepAwareScorer
 
 MOST_PAIRS = 10  # of a training step
 
@@ -55,6 +56,11 @@ class World:
 
     def pool(self, decode=None):
         return self.rollout(decode).pairs.to(self.module.device)
+
+    def latent_pool(self, scorer):
+        """LPO's: from the first step on, no picture decoded."""
+        draws, sampler = SeededDraws(0, 0, range(len(self.prompts))), replace(self.sampler, branch_from_step=0)
+        return sampler.sample(self.module.policy, scorer, self.prompts, draws).pairs
 
     def official_pool(self):
         draws = SeededDraws(0, 0, range(len(self.prompts)))
@@ -140,6 +146,22 @@ def test_an_iteration(world, rounds, clock, rows, size, networks, device):
     told = {"pairs": len(ours), "comparisons": len(world.prompts) * (size.steps - size.branch_from_step)}
     rows.ratio("SPO iteration", timings, "official", "ours", **told)
     rows.ratio("SPO iteration, tiny decoder", timings, "official", "tiny decoder", **told)
+
+
+def test_an_iteration_of_lpo(world, rounds, clock, rows, networks, device):
+    """Both train on SPO's pairs, so that what differs is how candidates are judged."""
+    pipeline = str(networks / "sd")
+    scorer = LatentScorer(
+        LatentRewardModel(pipeline, pipeline, world.sampler.guidance_scale, untrained=True).to(device)
+    )
+    pairs = world.pool()
+
+    def lpo():
+        world.latent_pool(scorer)
+        return world.iteration(pairs, "ours", world.own_loss)
+
+    ways = {"SPO": lambda: world.iteration(world.pool(), "ours", world.own_loss), "LPO": lpo}
+    rows.ratio("LPO iteration", alternate(ways, rounds, clock), "SPO", "LPO", pairs=len(pairs))
 
 
 def check_equal(own, official):
