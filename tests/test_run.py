@@ -232,8 +232,8 @@ def test_only_a_data_module_that_knows_the_position_keeps_lightnings_samplers_aw
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config", "dpo_sd51"], "config 'dpo_sd51' is no file and no packaged config (did you mean 'dpo_sd15'?)"),
-        (["--config"], "--config wants a name; there are d3po_sd15.yaml, d3po_tiny.yaml, dpo_sd15.yaml, dpo_sd15_ai"),
+        (["--config", "dpo_sd53"], "config 'dpo_sd53' is no file and no packaged config (did you mean 'dpo_sd35'?)"),
+        (["--config"], "--config wants a name; there are d3po_sd15.yaml, d3po_tiny.yaml, dpo_flow_tiny.yaml"),
         ([], "--config NAME is missing; there are d3po_sd15.yaml"),
         (["train", "--config", "toy.yaml"], "job 'train' is unknown"),
         (["--config", "broken.yaml"], "config broken.yaml: cannot be read as YAML"),

@@ -168,8 +168,9 @@ class RunCheckpoint(ModelCheckpoint):
         try:
             checkpoint = dump_checkpoint(trainer)
             for file in files:
-                # Written once where the file system lets a file have two names.
-                if file == files[0] or not (trainer.is_global_zero and name_twice(files[0], file)):
+                # Written once where the file system lets a file have two names, and the strategy writes files here.
+                written = file != files[0] and trainer.is_global_zero and files[0].is_file()
+                if not (written and name_twice(files[0], file)):
                     trainer.strategy.save_checkpoint(checkpoint, file)
         except UserError as error:
             failure = error
