@@ -253,9 +253,10 @@ def _repeats(row: Mapping[str, Any], seen: set[bytes]) -> bool:
     """Whether a row without uids has the caption and the pictures of an earlier one."""
     if _identity(row) is not None:
         return False
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()  # twice as fast as blake2b where processors have instructions for it
     for part in (row["jpg_0"] or b"", row["jpg_1"] or b"", row["caption"].encode(), str(row["label_0"]).encode()):
-        digest.update(len(part).to_bytes(8, "little") + part)
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
     repeated = digest.digest() in seen
     seen.add(digest.digest())
     return repeated
