@@ -16,11 +16,13 @@ from tiny_world import trained_parameters
 
 from datamodules.pairs.latents_key import latents_fingerprint
 from datamodules.pools.fingerprint import fingerprint
+from lightning_modules import prompt_lengths
 from lightning_modules.alignment import AlignmentModule
 from lightning_modules.batches import DenoiserQuery, LatentPairs
 from lightning_modules.errors import ConfigError
 from lightning_modules.objectives import DPO, SFT
 from lightning_modules.policies import Flux, FullFineTuning, LoRA, StableDiffusion3
+from lightning_modules.policies.flow_transformer import CLIP_CUTS, T5_CUTS
 from lightning_modules.policies.flux import image_ids, packed, unpacked
 from lightning_modules.randomness import generator
 from lightning_modules.references import AdapterOff, FrozenCopy
@@ -371,3 +373,18 @@ class TestSettings:
 
 def part(known, prefix):
     return {key.removeprefix(prefix): value for key, value in known.items() if key.startswith(prefix)}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+def test_a_cut_prompt_is_told_of_by_every_kind_of_text_encoder(kind, monkeypatch):
+    told = []
+    monkeypatch.setattr(prompt_lengths, "rank_zero_info", told.append)
+    for cuts in (CLIP_CUTS, T5_CUTS):  # as in a new process
+        monkeypatch.setattr(cuts, "_seen", set())
+    policy = kind.make()
+    policy.encode_prompts(["a cat", ""])
+    assert told == []
+    policy.encode_prompts([f"{kind.name} " + "cat " * 100])
+    assert sorted(line.split(" tokens that ")[1].split(" reads")[0] for line in told) == [
+        "the policy's CLIP encoder", "the policy's T5 encoder"
+    ]  # fmt: skip

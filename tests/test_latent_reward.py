@@ -202,7 +202,7 @@ def test_what_does_not_belong_together_is_refused(copied, pipelines):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 500}))
     encoder, name = load_file(weights), "text_model.embeddings.token_embedding.weight"
     save_file(encoder | {name: encoder[name][:500].clone()}, weights, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match="tokenizer of .* knows 578 tokens and the text encoder 500"):
+    with pytest.raises(ConfigError, match="tokenizer of .* knows 578 tokens and its text encoder 500"):
         reload(copied, pipelines)
     with pytest.raises(ConfigError, match="tokenizer_2"):
         LatentRewardModel(str(pipelines / "tiny-lrm-sdxl"), str(pipelines / "tiny-sd15"))

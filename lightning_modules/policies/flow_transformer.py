@@ -21,8 +21,9 @@ from lightning_modules.schedules.flow import FlowSchedule
 from lightning_modules.schedules.level_draws import LevelDraw
 from lightning_modules.schedules.step_rules import StepRule
 from lightning_modules.weights.pretrained import Pretrained
+from lightning_modules.weights.tokenizers import read_tokenizer
 
-CUT_PROMPTS = CutPrompts("the policy's T5 encoder")
+CLIP_CUTS, T5_CUTS = CutPrompts("the policy's CLIP encoder"), CutPrompts("the policy's T5 encoder")
 PATCH = 2  # latent cells along one side of a token
 MAX_T5_TOKENS = 512  # beyond it the pipelines refuse
 
@@ -121,21 +122,12 @@ def load_t5(pipeline: Pretrained, number: int, dtype: torch.dtype, variant: str 
         ConfigError: missing or damaged, or a tokenizer that knows more tokens than the encoder.
     """
     encoder = pipeline.component(f"text_encoder_{number}").load_model(T5EncoderModel, dtype, variant)
-    tokenizer: Any = pipeline.component(f"tokenizer_{number}").load(T5Tokenizer.from_pretrained, kind="tokenizer")
-    if len(tokenizer) > encoder.config.vocab_size:
-        raise ConfigError(
-            f"base model: its tokenizer_{number} knows {len(tokenizer)} tokens and its text encoder "
-            f"{encoder.config.vocab_size}; give the tokenizer that belongs to it"
-        )
-    return encoder, tokenizer
+    return encoder, read_tokenizer(pipeline, f"tokenizer_{number}", encoder, T5Tokenizer)
 
 
-def token_ids(
-    tokenizer: Any, prompts: list[str], length: int, cut: CutPrompts | None = None
-) -> Int[Tensor, "n {length}"]:
-    """Padded or cut to ``length``; ``cut`` counts what is cut."""
+def token_ids(tokenizer: Any, prompts: list[str], length: int, cuts: CutPrompts) -> Int[Tensor, "n {length}"]:
+    """Padded or cut to ``length``; ``cuts`` tells of what is cut."""
     batch = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    if cut is not None:
-        cut.look(tokenizer, prompts, batch.attention_mask)
+    cuts.look(tokenizer, prompts, batch.attention_mask)
     ids: Tensor = batch.input_ids
     return ids

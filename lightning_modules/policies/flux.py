@@ -16,9 +16,9 @@ from transformers import CLIPTextModel
 from lightning_modules.batches import Conditioning
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.adaptation import Adaptation
-from lightning_modules.policies.flow_transformer import CUT_PROMPTS, PATCH, FlowTransformer, load_t5, token_ids
-from lightning_modules.policies.stable_diffusion import read_tokenizer
+from lightning_modules.policies.flow_transformer import CLIP_CUTS, PATCH, T5_CUTS, FlowTransformer, load_t5, token_ids
 from lightning_modules.weights.pretrained import Pretrained
+from lightning_modules.weights.tokenizers import read_tokenizer
 
 OWN_SIZE = 1024  # pixels; no configuration says it
 
@@ -68,8 +68,8 @@ class Flux(FlowTransformer):
         return OWN_SIZE
 
     def _encode_text(self, prompts: list[str]) -> Conditioning:
-        words = token_ids(self.tokenizer, prompts, self.tokenizer.model_max_length).to(self.device)
-        ids = token_ids(self.tokenizer_2, prompts, self.t5_tokens, CUT_PROMPTS).to(self.device)
+        words = token_ids(self.tokenizer, prompts, self.tokenizer.model_max_length, CLIP_CUTS).to(self.device)
+        ids = token_ids(self.tokenizer_2, prompts, self.t5_tokens, T5_CUTS).to(self.device)
         return Conditioning(
             embeds=self.text_encoder_2(ids).last_hidden_state, pooled=self.text_encoder(words).pooler_output
         )

@@ -14,9 +14,9 @@ from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection
 
 from lightning_modules.batches import Conditioning
-from lightning_modules.policies.flow_transformer import CUT_PROMPTS, FlowTransformer, load_t5, token_ids
-from lightning_modules.policies.stable_diffusion import read_tokenizer
+from lightning_modules.policies.flow_transformer import CLIP_CUTS, T5_CUTS, FlowTransformer, load_t5, token_ids
 from lightning_modules.weights.pretrained import Pretrained
+from lightning_modules.weights.tokenizers import read_tokenizer
 
 
 class StableDiffusion3(FlowTransformer):
@@ -49,16 +49,11 @@ class StableDiffusion3(FlowTransformer):
         self.text_encoder_3, self.tokenizer_3 = load_t5(pipeline, 3, dtype, variant)
 
     def _encode_text(self, prompts: list[str]) -> Conditioning:
-        clips = [
-            encoder(
-                token_ids(tokenizer, prompts, tokenizer.model_max_length).to(self.device), output_hidden_states=True
-            )
-            for encoder, tokenizer in (
-                (self.text_encoder, self.tokenizer),
-                (self.text_encoder_2, self.tokenizer_2),
-            )
-        ]
-        ids = token_ids(self.tokenizer_3, prompts, self.t5_tokens, CUT_PROMPTS).to(self.device)
+        clips = []
+        for encoder, tokenizer in ((self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)):
+            words = token_ids(tokenizer, prompts, tokenizer.model_max_length, CLIP_CUTS).to(self.device)
+            clips.append(encoder(words, output_hidden_states=True))
+        ids = token_ids(self.tokenizer_3, prompts, self.t5_tokens, T5_CUTS).to(self.device)
         t5 = self.text_encoder_3(ids).last_hidden_state
         beside = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
         return Conditioning(

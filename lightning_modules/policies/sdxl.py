@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lightning_modules.batches import Conditioning
-from lightning_modules.policies.stable_diffusion import StableDiffusion, read_tokenizer, tokenize
+from lightning_modules.policies.stable_diffusion import StableDiffusion, tokenize
 from lightning_modules.weights.pretrained import Pretrained
+from lightning_modules.weights.tokenizers import read_tokenizer
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -14,7 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from jaxtyping import Float
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
 from lightning_modules.batches import Conditioning
 from lightning_modules.errors import ConfigError
@@ -22,6 +22,7 @@ from lightning_modules.policies.adaptation import Adaptation
 from lightning_modules.policies.latent_diffusion import LatentDiffusion
 from lightning_modules.prompt_lengths import CutPrompts
 from lightning_modules.weights.pretrained import Pretrained
+from lightning_modules.weights.tokenizers import read_tokenizer
 
 CUT_PROMPTS = CutPrompts("the policy's text encoder")
 
@@ -119,24 +120,6 @@ class StableDiffusion(LatentDiffusion):
     def _added_conditions(self, cond: Conditioning) -> dict[str, Tensor] | None:
         """The UNet's further inputs besides the text tokens."""
         return None
-
-
-def read_tokenizer(pipeline: Pretrained, name: str, text_encoder: Any) -> Any:
-    """The tokenizer that lies in ``name``, which cuts where its text encoder does if its files don't say where.
-
-    Raises:
-        ConfigError: it knows more tokens than the text encoder.
-    """
-    tokenizer: Any = pipeline.component(name).load(CLIPTokenizer.from_pretrained, kind="tokenizer")
-    config = text_encoder.config
-    if len(tokenizer) > config.vocab_size:
-        raise ConfigError(
-            f"base model: its {name} knows {len(tokenizer)} tokens and its text encoder {config.vocab_size}; give the "
-            "tokenizer that belongs to it"
-        )
-    # transformers says 10^30 where the files say nothing.
-    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    return tokenizer
 
 
 def tokenize(tokenizer: Any, prompts: list[str]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lightning_modules.batches import Conditioning
 from lightning_modules.errors import ConfigError
@@ -20,6 +20,7 @@ from lightning_modules.rewards.base import LatentStepRewardModel, PreferenceMode
 from lightning_modules.rewards.down_part import feature_widths, stage_means
 from lightning_modules.rewards.latent_files import load_down_part, load_heads, read_text_projection, save_folder
 from lightning_modules.weights.pretrained import DTYPES, Pretrained
+from lightning_modules.weights.tokenizers import read_tokenizer
 
 CUT_PROMPTS = CutPrompts("the latent reward model")
 PIXELS_PER_LATENT = 8  # of SDXL's time ids, which the official code makes of the UNet's sample_size
@@ -113,11 +114,11 @@ class LatentRewardModel(LatentStepRewardModel, PreferenceModel):
 
     def _load_text(self, source: Pretrained, pipeline: Pretrained, dtype: torch.dtype) -> None:
         self.text_encoder: Any = source.component("text_encoder").load_model(CLIPTextModel, dtype)
-        self.tokenizer = _read_tokenizer(pipeline, "tokenizer", self.text_encoder)
+        self.tokenizer = read_tokenizer(pipeline, "tokenizer", self.text_encoder)
         if self.is_xl:
             second = source.component("text_encoder_2")
             self.text_encoder_2: Any = second.load_model(CLIPTextModelWithProjection, dtype)
-            self.tokenizer_2 = _read_tokenizer(pipeline, "tokenizer_2", self.text_encoder_2)
+            self.tokenizer_2 = read_tokenizer(pipeline, "tokenizer_2", self.text_encoder_2)
         width = sum(encoder.config.hidden_size for encoder in self.text_encoders().values())
         wanted = self.unet.config.cross_attention_dim
         if wanted != width:
@@ -248,20 +249,3 @@ class LatentRewardModel(LatentStepRewardModel, PreferenceModel):
         heads["logit_scale"] = self.log_scale.detach().cpu()
         encoders = self.text_encoders()
         save_folder(Path(folder), self._down_part, self.export_up_part, encoders, heads, DTYPES[dtype])
-
-
-def _read_tokenizer(pipeline: Pretrained, name: str, text_encoder: Any) -> Any:
-    """The pipeline's tokenizer, which cuts where the text encoder does.
-
-    Raises:
-        ConfigError: it knows more tokens than the text encoder.
-    """
-    tokenizer: Any = pipeline.component(name).load(CLIPTokenizer.from_pretrained, kind="tokenizer")
-    config = text_encoder.config
-    if len(tokenizer) > config.vocab_size:
-        raise ConfigError(
-            f"latent reward model: the {name} of {pipeline.name!r} knows {len(tokenizer)} tokens and the text encoder "
-            f"{config.vocab_size}; give the pipeline that the model belongs to as `tokenizer`"
-        )
-    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    return tokenizer
