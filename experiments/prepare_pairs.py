@@ -40,14 +40,13 @@ from experiments import prepare_pickapic
 from experiments.cli.command import run_command
 from experiments.preparation.pair_inputs import FORMS, find_tables, is_pickapic, read_pairs
 from experiments.preparation.pair_rows import FilePair, FromScores, Picture, refuse_unread
+from experiments.preparation.pickapic_rows import REQUIRED
 from experiments.preparation.pickapic_schema import SCHEMA
 from lightning_modules.errors import ConfigError, DataError
 
 BLOCK = 64  # pairs per row group, and in memory at once
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_SCHEMA = pa.schema(
-    [pa.field(field.name, _PICTURE if field.name in ("jpg_0", "jpg_1") else field.type) for field in SCHEMA]
-)
+_SCHEMA = pa.schema([(name, _PICTURE if name in ("jpg_0", "jpg_1") else SCHEMA.field(name).type) for name in REQUIRED])
 
 
 def main(argv: Sequence[str] | None = None) -> Manifest:
@@ -91,11 +90,11 @@ def _write_rows(file: Path, pairs: Iterator[FilePair]) -> int:
 
 
 def _row(pair: FilePair) -> dict[str, Any]:
-    row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
+    row: dict[str, Any] = {"caption": pair.prompt, "label_0": pair.label, "label_1": 1.0 - pair.label}
     for column, picture in (("jpg_0", pair.first), ("jpg_1", pair.second)):
         is_file = isinstance(picture, Path)
         row[column] = {"bytes": None if is_file else picture, "path": str(picture) if is_file else None}
-    return row | {"caption": pair.prompt, "has_label": True, "label_0": pair.label, "label_1": 1.0 - pair.label}
+    return row
 
 
 def _stamp(picture: Picture) -> tuple[int, int] | None:

@@ -75,7 +75,8 @@ def _picture(value: Mapping[str, Any], folder: Path) -> bytes | None:
     if value["bytes"] is not None or not value.get("path"):
         return value["bytes"]
     try:
-        return (folder / value["path"]).read_bytes()
+        with (folder / value["path"]).open("rb", buffering=0) as file:
+            return file.readall()
     except OSError:
         return None
 

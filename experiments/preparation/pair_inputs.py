@@ -105,7 +105,10 @@ def _of_folders(folder: Path) -> Iterator[FilePair]:
     sides = [folder / "chosen", folder / "rejected"]
     if not all(side.is_dir() for side in sides):
         raise DataError(f"--input {folder} has no folders chosen and rejected; give {FORMS}")
-    chosen, rejected = (sorted(path for path in side.iterdir() if path.suffix.lower() in PICTURES) for side in sides)
+    chosen, rejected = (
+        sorted((path for path in side.iterdir() if path.suffix.lower() in PICTURES), key=lambda path: path.name)
+        for side in sides
+    )
     by_stem: dict[str, list[Path]] = {}
     for path in rejected:
         by_stem.setdefault(path.stem, []).append(path)

@@ -141,11 +141,12 @@ def caption_beside(pictures: Sequence[Picture], place: str) -> str:
     """
     paths = [picture for picture in pictures if isinstance(picture, Path)]
     for text in (path.with_suffix(suffix) for path in paths for suffix in CAPTIONS):
-        if text.is_file():
-            try:
-                return text.read_text(encoding="utf-8-sig").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"cannot read {text}: {' '.join(str(error).split())[:200]}") from error
+        try:
+            return text.read_bytes().decode("utf-8-sig").strip()
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {text}: {' '.join(str(error).split())[:200]}") from error
     remedy = f"write it into {paths[0].with_suffix('.txt')}" if paths else "add a column"
     raise DataError(f"{place} has no prompt; {remedy}")
 
