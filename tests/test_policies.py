@@ -377,6 +377,21 @@ class TestPictures:
         expected = pipeline.image_processor.postprocess(decoded.detach(), output_type="pt")
         torch.testing.assert_close(policy.decode(latents), expected, rtol=1e-6, atol=1e-6)
 
+    def test_a_cpu_takes_few_large_pictures_at_once(self, kind, monkeypatch):
+        """In parts of two: the same pictures and latents, to rounding."""
+        policy, latents = make_policy(kind), torch.randn(3, 4, 8, 8, generator=generator("decode"))
+        draws = [[generator("draw", index) for index in range(3)] for _ in range(2)]
+        whole = policy.decode(latents), policy.encode_images(self.images, draws[0])
+        sizes = []
+        policy.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        policy.vae.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        side = policy.downscale * 8
+        monkeypatch.setattr("lightning_modules.policies.latent_diffusion.CPU_PIXELS", 2 * side**2)
+        torch.testing.assert_close(policy.decode(latents), whole[0], rtol=1e-5, atol=1e-5)
+        monkeypatch.setattr("lightning_modules.policies.latent_diffusion.CPU_PIXELS", 2 * self.images[0, 0].numel())
+        torch.testing.assert_close(policy.encode_images(self.images, draws[1]), whole[1], rtol=1e-5, atol=1e-5)
+        assert sizes == [2, 1, 2, 1]
+
     def test_the_vae_computes_in_its_own_type_whatever_autocast_says(self):
         policy = make_policy()
         with torch.autocast("cpu", dtype=torch.bfloat16):
