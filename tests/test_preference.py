@@ -137,7 +137,7 @@ def test_noised_denoised_and_decoded_pictures_equal_the_official_ones(golden, pi
     noise_pred = unguided + 5 * (guided - unguided)
     torch.testing.assert_close(noise_pred, both("noise_pred_cfg"), rtol=1e-4, atol=1e-4)
     clean, _ = module.policy.schedule.predict_clean(noise_pred, noisy[:10], known["timesteps"].repeat(2))
-    torch.testing.assert_close(clean, both("pred_x0"), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(clean, both("pred_x0"), rtol=1e-4, atol=5e-4)  # 14 times the guided noise's, at t = 951
     torch.testing.assert_close(images, (both("noised_img") / 2 + 0.5).clamp(0, 1), rtol=0, atol=5e-5)
     torch.testing.assert_close(module.preference.preprocess(images), both("processed"), rtol=0, atol=2e-4)
 
