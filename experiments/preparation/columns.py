@@ -8,6 +8,7 @@ taken; another type is refused before any row is read.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def _picture(value: Mapping[str, Any], folder: Path) -> bytes | None:
     if value["bytes"] is not None or not value.get("path"):
         return value["bytes"]
     try:
-        with (folder / value["path"]).open("rb", buffering=0) as file:
+        with open(os.path.join(folder, value["path"]), "rb", buffering=0) as file:  # noqa: PTH118, PTH123  # twice as fast
             return file.readall()
     except OSError:
         return None
