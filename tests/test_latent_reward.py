@@ -95,6 +95,15 @@ def test_without_guidance_there_is_one_pass_and_the_official_scores(golden, pipe
     assert rows == [6, 6]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_stages_guided_give_the_official_features_and_scores(golden, pipelines, request, kind):
+    known, prompts = golden(f"lrm_forward_{kind}"), notes(request, kind)["prompts"]
+    model = load(pipelines, kind, guided="all")
+    pooled = model.pooled(known["latents"], known["timesteps"], model.read_prompts(prompts))
+    close(pooled, known["allcfg.pooled_features"], 5e-5)
+    close(model.score(known["latents"], prompts, known["timesteps"]), known["allcfg.scores"], 5e-5)
+
+
 # Files
 
 

@@ -120,15 +120,27 @@ def test_two_processes_learn_what_one_process_learns_from_the_negatives_of_both(
     torch.testing.assert_close(sum(gradients) / 2, parameter.grad)
 
 
-def test_lpos_criterion_is_the_same_one(golden):
+@pytest.mark.parametrize("terms", ["pair", "batch", "both", "pair_aux0.3"])
+def test_lpos_criterion_is_the_same_one(golden, terms):
+    """``both`` adds half of the in-batch loss; ``aux``: a pair with two timesteps weighs 0.3, but not in the mean."""
     known = golden("lrm_loss")
     names = ("image_0", "image_1", "text")
     inputs = {name: known[f"{name}_features"].clone().requires_grad_() for name in names}
     log_scale = known["log_logit_scale"].clone().requires_grad_()
     weights = 1 / known["num_examples_per_prompt"]
-    loss = preference_loss(*inputs.values(), log_scale.exp(), known["label_0"], weights)
+
+    def loss_of(weights, **options):
+        return preference_loss(*inputs.values(), log_scale.exp(), known["label_0"], weights, **options)
+
+    if terms == "pair_aux0.3":
+        first, second = known["timesteps"].reshape(-1, 2).T
+        less = torch.where(first == second, weights, 0.3 * weights)
+        loss = loss_of(less) * less.sum() / weights.sum()
+    else:
+        pair, batch = {"pair": (1, 0), "batch": (0, 1), "both": (1, 0.5)}[terms]
+        loss = pair * loss_of(weights) + batch * loss_of(weights, in_batch_negatives=True)
     loss.backward()
-    torch.testing.assert_close(loss, known["pair.loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, known[f"{terms}.loss"], rtol=1e-5, atol=0)
     for name, value in (*inputs.items(), ("log_logit_scale", log_scale)):
-        expected = known[f"pair.grad_{name}"]
+        expected = known[f"{terms}.grad_{name}"]
         assert (value.grad - expected).abs().max() <= 1e-5 * expected.abs().max()

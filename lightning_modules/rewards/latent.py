@@ -45,6 +45,8 @@ class LatentRewardModel(LatentStepRewardModel, PreferenceModel):
             SD 2.1 this is SD 1.5's: it is the reward model's own text encoder that reads.
         guidance_scale: classifier-free guidance against the empty prompt, of the middle block alone; 1 turns it off,
             which halves the cost.
+        guided: "all" guides the stages, too (official ``multi_scale_cfg``, off in the published models), as the official
+            code does of SDXL all but the first.
         dtype: number type of the networks. Training wants fp32.
         untrained: ``pretrained`` is a Stable Diffusion or SDXL pipeline, whose networks a new model starts from.
         text_projection: where an untrained SD model's text projection starts: ``.safetensors`` file of the CLIP model
@@ -68,12 +70,13 @@ class LatentRewardModel(LatentStepRewardModel, PreferenceModel):
         untrained: bool = False,
         text_projection: str | None = None,
         export_up_part: bool = True,
+        guided: Literal["middle", "all"] = "middle",
     ) -> None:
         super().__init__()
         if guidance_scale < 1:
             raise ConfigError(f"latent reward model: guidance_scale must be at least 1, got {guidance_scale}")
         source, number_type = Pretrained.find(pretrained), DTYPES[dtype]
-        self.guidance_scale, self.export_up_part = guidance_scale, export_up_part
+        self.guidance_scale, self.guided, self.export_up_part = guidance_scale, guided, export_up_part
         self._down_part = load_down_part(source, number_type)
         self.unet: Any = self._down_part.network
         self.latent_channels = self.unet.config.in_channels
@@ -203,9 +206,14 @@ class LatentRewardModel(LatentStepRewardModel, PreferenceModel):
         assert prompts.negative is not None, "prompts were read by another model"
         both = Conditioning.cat([prompts.context, prompts.negative.repeat_interleave(n)])
         *stages, middle = stage_means(self.unet, latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
-        conditional, unguided = middle.chunk(2)
-        guided = unguided + self.guidance_scale * (conditional - unguided)
-        return torch.cat([*(means[:n] for means in stages), guided], dim=1)
+        alone = len(stages) if self.guided == "middle" else int(self.is_xl)
+        down = [means[:n] for means in stages[:alone]] + [self._guide(means) for means in stages[alone:]]
+        return torch.cat([*down, self._guide(middle)], dim=1)
+
+    def _guide(self, means: Float[Tensor, "rows width"]) -> Float[Tensor, "half width"]:
+        """Of the means with prompts, and then without."""
+        conditional, unguided = means.chunk(2)
+        return unguided + self.guidance_scale * (conditional - unguided)
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
