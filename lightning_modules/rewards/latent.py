@@ -45,8 +45,7 @@ class LatentRewardModel(LatentStepRewardModel, PreferenceModel):
             SD 2.1 this is SD 1.5's: it is the reward model's own text encoder that reads.
         guidance_scale: classifier-free guidance against the empty prompt, of the middle block alone; 1 turns it off,
             which halves the cost.
-        guided: "all" guides the stages, too (official ``multi_scale_cfg``, off in the published models), as the official
-            code does of SDXL all but the first.
+        guided: "all" guides the stages, too, SDXL's first excepted (official ``multi_scale_cfg``, off as published).
         dtype: number type of the networks. Training wants fp32.
         untrained: ``pretrained`` is a Stable Diffusion or SDXL pipeline, whose networks a new model starts from.
         text_projection: where an untrained SD model's text projection starts: ``.safetensors`` file of the CLIP model
