@@ -4,10 +4,10 @@
     python -m experiments.demo --methods dpo spo shuffled --seeds 0 1 2
 
 What ``make demo`` runs is SPO, with the step-aware preference model that ships; ``shuffled`` is its control, the
-judge's scores shuffled, and ``d3po`` draws its own pictures, too. The others learn from pictures that the base draws
-first and the exact reward orders: ``kto`` from single ones, the rest from pairs. Every step is a command of its own,
-printed before it runs; a second call resumes where the first one stopped. Several runs are compared at the end.
-Further ``--key=value`` settings go to every training, as with ``experiments.run``.
+judge's scores shuffled; ``d3po``, ``lpo`` and ``spo_flow`` draw their own pictures, too. The others learn from pictures
+that the base draws first and the exact reward orders: ``kto`` from single ones, the rest from pairs. Every step is a
+command of its own, printed before it runs; a second call resumes where the first one stopped. Several runs are compared
+at the end. Further ``--key=value`` settings go to every training, as with ``experiments.run``.
 """
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ METHODS = {
     "mapo": "--config dpo_tiny --model.objective=MaPO",
     "automatic_beta": "--config dpo_tiny --model.objective=AutomaticBeta --model.objective.objective=DPO",
     "sft": "--config dpo_tiny --config sft",
+    "dpo_flow": "--config dpo_flow_tiny",
     "kto": "--config kto_tiny",
     "d3po": "--config d3po_tiny",
+    "lpo": "--config lpo_tiny",
     "spo": "--config spo_tiny",
+    "spo_flow": "--config spo_flow_tiny",
     "shuffled": "--config spo_tiny --config spo_tiny_shuffled",
 }
 ON_PICTURES = list(METHODS)[: list(METHODS).index("d3po")]
