@@ -70,7 +70,7 @@ SIZES = {
                          "num_attention_heads": 6},
          "vision_config": {"hidden_size": 288, "intermediate_size": 1152, "num_hidden_layers": 12,
                            "num_attention_heads": 6, "image_size": 224, "patch_size": 16}},
-        steps=5, branch_from_step=1, candidates=4, prompts=1, pairs=2, side=512, samples=200, loop_steps=60),
+        steps=5, branch_from_step=1, candidates=4, prompts=1, pairs=2, side=512, samples=1000, loop_steps=60),
     "sd15": Size(SD15_UNET, VAE, (CLIP_L,), CLIP_H, steps=20, branch_from_step=4, candidates=4, prompts=10, pairs=8,
                  side=512, samples=1000, loop_steps=100),
     "sdxl": Size(SDXL_UNET, VAE, (CLIP_L, CLIP_G), CLIP_H, steps=20, branch_from_step=4, candidates=2, prompts=2,
