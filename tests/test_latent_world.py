@@ -33,7 +33,8 @@ def test_the_commands_of_lrm_tiny_make_a_model_that_lpo_tiny_takes_as_its_judge(
     assert sum(file.stat().st_size for file in exported.rglob("*") if file.is_file()) < 3e6
     run.main(
         ["--config", "lpo_tiny", "--data.prompts_per_pool=2", "--data.prompts_per_batch=2", "--data.batch_size=4",
-         "--data.sampler.steps=4", "--data.sampler.threshold=0.0", "--trainer.max_steps=2", quiet,
+         "--data.sampler.steps=4", "--data.sampler.branch_from_step=0", "--data.sampler.threshold=0.0",
+         "--trainer.max_steps=2", quiet,
          "--trainer.callbacks.SampleGrid=null",
          "--trainer.callbacks.WinRate=null"]
     )  # fmt: skip
