@@ -391,6 +391,9 @@ class TestPictures:
         monkeypatch.setattr("lightning_modules.policies.latent_diffusion.CPU_PIXELS", 2 * self.images[0, 0].numel())
         torch.testing.assert_close(policy.encode_images(self.images, draws[1]), whole[1], rtol=1e-5, atol=1e-5)
         assert sizes == [2, 1, 2, 1]
+        monkeypatch.setattr("lightning_modules.policies.latent_diffusion.CPU_PIXELS", 1)
+        policy.decode(latents)
+        assert sizes[4:] == [1, 1, 1]
 
     def test_the_vae_computes_in_its_own_type_whatever_autocast_says(self):
         policy = make_policy()

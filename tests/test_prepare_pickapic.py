@@ -137,6 +137,21 @@ def test_without_uids_the_bytes_tell_duplicates(tmp_path: Path) -> None:
     assert (manifest.counts["pairs"], manifest.counts["duplicates_dropped"]) == (3, 1)
 
 
+def test_without_uids_what_differs_in_one_picture_or_in_the_caption_is_another_pair(tmp_path: Path) -> None:
+    first, second, third = rows(3)
+    content = [
+        first,
+        first | {"jpg_1": second["jpg_1"]},
+        first | {"jpg_0": third["jpg_0"]},
+        first | {"caption": "other"},
+    ]
+    content.append(dict(content[1]))
+    for row in content:
+        row["image_0_uid"] = None
+    manifest = prepared(write_parquet(tmp_path / "a.parquet", content), tmp_path / "out")
+    assert (manifest.counts["pairs"], manifest.counts["duplicates_dropped"]) == (4, 1)
+
+
 def test_ties_are_kept_on_request(tmp_path: Path) -> None:
     content = rows(2)
     content[1].update(label_0=0.5, label_1=0.5)
