@@ -126,7 +126,8 @@ KINDS = {
                 "class_path": "CosineWithWarmup",
                 "init_args": {"total_steps": STEPS, "warmup_steps": 4},
             },
-        }
+        },
+        kills=6,
     ),
     "DPO, cached latents": Kind({"data.init_args.shards": "latents"}),
     "KTO": Kind(
@@ -147,7 +148,7 @@ KINDS = {
         kills=4,
     ),
     "DPO, fsdp2, 2 processes": Kind(
-        {"trainer.devices": 2, "trainer.strategy": "fsdp2", "data.init_args.batch_size": 1}, ranks=2
+        {"trainer.devices": 2, "trainer.strategy": "fsdp2", "data.init_args.batch_size": 1}, ranks=2, kills=4
     ),
     "SPO": Kind(SPO, places=("step", "checkpoint", "sampling", "shard")),
     "flow DPO": Kind(
@@ -218,6 +219,7 @@ KINDS = {
         SPO | {"trainer.devices": 2, "trainer.strategy": "ddp", "data.init_args.batch_size": 1},
         ranks=2,
         places=("step", "checkpoint", "sampling", "shard"),
+        kills=8,
     ),
 }
 
