@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
+from pairs_data import picture
 from PIL import Image
 
 from datamodules.shards.locate import open_shards
@@ -357,3 +358,12 @@ def test_columns_where_there_are_none_are_refused(pictures, form):
 def test_a_margin_that_means_nothing_is_refused(pictures, margin):
     with pytest.raises(ConfigError, match="--margin must be 0 or more, got"):
         prepared(pictures, "out", as_lists(pictures), f"--margin={margin}")
+
+
+def test_a_caption_file_of_windows_is_read_as_any_other(tmp_path: Path) -> None:
+    for side, value in (("chosen", 1), ("rejected", 2)):
+        (tmp_path / "own" / side).mkdir(parents=True)
+        (tmp_path / "own" / side / "a.png").write_bytes(picture(value))
+    (tmp_path / "own" / "chosen" / "a.txt").write_bytes(b"\xef\xbb\xbfa cat\r\non a mat\r\n")
+    prepare_pairs.main(["--input", str(tmp_path / "own"), "--output", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "captions.json").read_text()) == ["a cat\non a mat"]

@@ -142,7 +142,7 @@ def caption_beside(pictures: Sequence[Picture], place: str) -> str:
     paths = [picture for picture in pictures if isinstance(picture, Path)]
     for text in (path.with_suffix(suffix) for path in paths for suffix in CAPTIONS):
         try:
-            return text.read_bytes().decode("utf-8-sig").strip()
+            return text.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:
