@@ -126,8 +126,7 @@ KINDS = {
                 "class_path": "CosineWithWarmup",
                 "init_args": {"total_steps": STEPS, "warmup_steps": 4},
             },
-        },
-        kills=6,
+        }
     ),
     "DPO, cached latents": Kind({"data.init_args.shards": "latents"}),
     "KTO": Kind(
@@ -148,7 +147,7 @@ KINDS = {
         kills=4,
     ),
     "DPO, fsdp2, 2 processes": Kind(
-        {"trainer.devices": 2, "trainer.strategy": "fsdp2", "data.init_args.batch_size": 1}, ranks=2, kills=4
+        {"trainer.devices": 2, "trainer.strategy": "fsdp2", "data.init_args.batch_size": 1}, ranks=2
     ),
     "SPO": Kind(SPO, places=("step", "checkpoint", "sampling", "shard")),
     "flow DPO": Kind(
@@ -219,7 +218,6 @@ KINDS = {
         SPO | {"trainer.devices": 2, "trainer.strategy": "ddp", "data.init_args.batch_size": 1},
         ranks=2,
         places=("step", "checkpoint", "sampling", "shard"),
-        kills=8,
     ),
 }
 
