@@ -25,7 +25,7 @@ from experiments.cli.command import run_command
 from lightning_modules.files import resolved_path
 from lightning_modules.terminal import literal
 
-# Settings as docs/results.md says they were chosen.
+# Settings as docs/results.md says they were chosen, where it does.
 METHODS = {
     "dpo": "--config dpo_tiny",
     "ipo": "--config dpo_tiny --model.objective=IPO",

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn_pairs import drawn_pairs
 
 import experiments
-from datamodules.shapes.drawing import as_unit, draw_imperfect, prompt_splits, random_numbers
 from experiments import prepare_pickapic, run
 from experiments.shapes import prepare as prepare_shapes
 from lightning_modules.policies import Frozen, StableDiffusion
 from lightning_modules.randomness import generator, randn
 from lightning_modules.rewards import LatentRewardModel
 from lightning_modules.shapes.reward import ShapesReward
-from lightning_modules.shapes.world import Scene
 
 
 @pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning")
@@ -49,15 +48,7 @@ def test_the_model_that_ships_is_small_and_sides_with_the_exact_reward_on_new_dr
     """On noisy latents for prompts that no training shows; a coin would be right on half of 236 pairs, +- 3%."""
     folder = Path(experiments.__file__).parent / "embedded" / "latent_reward"
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 3e6
-    prompts = prompt_splits()["validation"] * 8
-    pictures = torch.stack(
-        [
-            draw_imperfect(Scene.parse(text), random_numbers(1, n, k), 0.2)
-            for k in (0, 1)
-            for n, text in enumerate(prompts)
-        ]
-    )
-    images = as_unit(pictures)
+    prompts, images = drawn_pairs(8)
     policy = StableDiffusion("embedded/shapes", Frozen())
     judge = LatentRewardModel("embedded/latent_reward", "embedded/shapes", guidance_scale=2.0)
     latents, timesteps = policy.encode_images(images * 2 - 1), torch.full((len(images),), 51)
