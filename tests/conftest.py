@@ -72,6 +72,15 @@ def pipelines():
 
 
 @pytest.fixture(scope="session")
+def harness():
+    """What starts processes in the state of a fresh interpreter that has imported everything."""
+    from kill_harness import Harness
+
+    with Harness() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
 def browser():
     """A headless Chromium that keeps what it asked for and what it complained of; skips where there is none."""
     if not (CHROMIUM.exists() and DRIVER.exists()):

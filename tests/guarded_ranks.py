@@ -1,4 +1,4 @@
-"""One of two processes that train with a LossGuard, ``guarded_ranks.py PIPELINES FOLDER``; what each has in the end.
+"""One of two processes that train with a LossGuard, ``main`` with PIPELINES FOLDER; what each has in the end.
 
 Of three steps the second has a fault, in rank 0's batch alone; and the same without that step.
 """
@@ -34,7 +34,7 @@ class Reports(Callback):
         torch.save(found, f"{trainer.default_root_dir}/rank{trainer.global_rank}.pt")
 
 
-if __name__ == "__main__":
+def main():
     torch.set_num_threads(1)
     pipelines, folder = map(Path, sys.argv[1:])
     for name, numbers in RUNS.items():

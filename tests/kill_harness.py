@@ -1,4 +1,4 @@
-"""Starts trainings as processes of their own and kills them; ``python kill_harness.py`` serves, ``Harness`` asks.
+"""Starts runs as processes of their own, and kills them where asked; ``kill_harness.py`` serves, ``Harness`` asks.
 
 The server imports everything once and forks a process a run, because a fresh interpreter takes 9 seconds to import. A
 forked process has its own id, its own process group, default signal handlers and nothing from an earlier run. The
@@ -38,7 +38,7 @@ class Order:
         argv: the words of ``program``.
         log: file for what it prints.
         run_dir: the run's folder.
-        program: module with a ``main``.
+        program: module with a ``main``, of the project or of its tests.
         ranks: processes.
         where, moment, depth: see ``kill_probe.Plan``.
         delay: seconds between the moment and the strike, where that is "time".

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kill_harness import Order
 from pairs_data import write_shards
 from picture_data import write_both
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -54,29 +55,27 @@ data:
 DDP = "{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {timeout: '0:20:00'}}"
 
 
-def train(folder, name, pipelines, shards, devices, batch_size):
-    """Run the real command and return its checkpoint."""
+def train(harness, folder, name, pipelines, shards, devices, batch_size):
+    """Run the command, each rank a process, and return its checkpoint."""
     strategy = DDP if devices > 1 else "auto"
     settings = {"strategy": strategy, "devices": devices, "batch_size": batch_size}
     config = folder / f"{name}.yaml"
     config.write_text(CONFIG.format(pipelines=pipelines, shards=shards, **settings))
-    result = subprocess.run(
-        [sys.executable, "-m", "experiments.run", "--config", str(config), "--run_dir", str(folder / name)],
-        capture_output=True, text=True, timeout=240, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    words = ["--config", str(config), "--run_dir", str(folder / name)]
+    log = folder / f"{name}.log"
+    outcome = harness.run(Order(words, str(log), str(folder / name), ranks=devices))
+    assert list(outcome.codes) == [0] * devices, log.read_text()[-3000:]
     return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory, pipelines):
+def checkpoints(tmp_path_factory, pipelines, harness):
     folder = tmp_path_factory.mktemp("ddp")
     shards = write_shards(folder / "shards", [7, 6])
     return (
         folder,
-        train(folder, "one", pipelines, shards, devices=1, batch_size=4),
-        train(folder, "two", pipelines, shards, devices=2, batch_size=2),
+        train(harness, folder, "one", pipelines, shards, devices=1, batch_size=4),
+        train(harness, folder, "two", pipelines, shards, devices=2, batch_size=2),
     )
 
 
@@ -123,7 +122,7 @@ def test_two_processes_count_what_one_process_costs(checkpoints):
         assert two[name] == one[name]
 
 
-def test_two_processes_have_one_processs_losses_of_kto(tmp_path, pipelines, monkeypatch):
+def test_two_processes_have_one_processs_losses_of_kto(tmp_path, pipelines, harness, monkeypatch):
     """Four pictures a batch, two on each of two processes, of which one has no liked one."""
     both = write_both(tmp_path)
     settings, data = CONFIG.replace("class_path: DPO", "class_path: KTO").split("data:\n")
@@ -131,8 +130,8 @@ def test_two_processes_have_one_processs_losses_of_kto(tmp_path, pipelines, monk
     data = "  class_path: SinglePicturesDataModule\n  init_args: {{liked: %s, unliked: %s, positive_ratio: 0.3, "
     data += "batch_size: {batch_size}, resolution: 64, seed: 7}}\n"
     monkeypatch.setattr(f"{__name__}.CONFIG", settings + "data:\n" + data % tuple(both.values()))
-    train(tmp_path, "one", pipelines, None, devices=1, batch_size=4)
-    train(tmp_path, "two", pipelines, None, devices=2, batch_size=2)
+    train(harness, tmp_path, "one", pipelines, None, devices=1, batch_size=4)
+    train(harness, tmp_path, "two", pipelines, None, devices=2, batch_size=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(set(one)) == 3
     assert two == pytest.approx(one, rel=1e-5)

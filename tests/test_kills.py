@@ -12,7 +12,6 @@ import json
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from pairs_data import rows, write_parquet, write_shards
 from picture_data import write_both
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-STEPS = 24
-EVERY = 3  # steps between checkpoints
+STEPS = 16
+EVERY = 2  # steps between checkpoints
 
 # ------------------------------------------------------------------------------------------- kinds of runs
 
@@ -270,12 +269,6 @@ def settings(kind: Kind, folder: Path, pipelines: Path) -> dict[str, Any]:
         key: places.get(value, value) if isinstance(value, str) else value for key, value in node.items()
     })  # fmt: skip
     return named
-
-
-@pytest.fixture(scope="module")
-def harness() -> Iterator[Harness]:
-    with Harness() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

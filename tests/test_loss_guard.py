@@ -1,14 +1,10 @@
 """A step that would spoil the weights leaves no trace, whoever saw it; a run of nothing else ends."""
 
 import logging
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from kill_harness import Order
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tiny_world import make, pairs, trained_parameters, trainer
@@ -19,7 +15,6 @@ from lightning_modules.errors import ConfigError, DivergenceError
 from lightning_modules.references import AdapterOff
 from lightning_modules.weights.averaging import ExponentialMovingAverage
 
-ROOT = Path(__file__).parents[1]
 
 
 class SpoilsGradient(Callback):
@@ -117,20 +112,10 @@ def test_settings_out_of_range(setting, value):
 # -------------------------------------------------------------------------------------- two processes
 
 
-def test_a_fault_on_one_rank_is_left_out_on_all(pipelines, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    there = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    words = [sys.executable, Path(__file__).with_name("guarded_ranks.py"), pipelines, tmp_path]
-    # Not forked from here: a child of a process with threads may wait for ever for what one of them held.
-    ranks = [
-        subprocess.Popen(words, env=there | {"LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
-        for rank in (0, 1)
-    ]
-    for rank in ranks:
-        printed = rank.communicate(timeout=240)[1]
-        assert rank.returncode == 0, printed.decode()
+def test_a_fault_on_one_rank_is_left_out_on_all(pipelines, tmp_path, harness):
+    log = tmp_path / "log"
+    outcome = harness.run(Order([str(pipelines), str(tmp_path)], str(log), str(tmp_path), "guarded_ranks", ranks=2))
+    assert list(outcome.codes) == [0, 0], log.read_text()
     found = {
         name: [torch.load(tmp_path / name / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
         for name in ("faulty", "without")

@@ -137,11 +137,9 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, pipelines):
+def world(tmp_path_factory, pipelines, harness):
     folder = tmp_path_factory.mktemp("sharding")
-    shards = write_shards(folder / "shards", [7, 6])
-    with Harness() as harness:
-        yield World(harness, folder, pipelines, shards)
+    return World(harness, folder, pipelines, write_shards(folder / "shards", [7, 6]))
 
 
 @pytest.fixture(scope="module")
