@@ -16,7 +16,6 @@ from lightning_modules.references import AdapterOff
 from lightning_modules.weights.averaging import ExponentialMovingAverage
 
 
-
 class SpoilsGradient(Callback):
     """One weight's gradient, in the batch that holds a certain sample."""
 
