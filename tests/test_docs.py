@@ -5,6 +5,7 @@ import re
 from math import prod
 from pathlib import Path
 
+import cost_by_count
 import memory_by_count
 import pytest
 import torch
@@ -87,3 +88,44 @@ def test_a_training_is_counted_by_hand(monkeypatch):
     assert (full["weights"], full["gradients"], full["copy"], full["AdamW"]) == (420, 400, 400, 8 * prod((10, 10)))
     lora = memory_by_count.Training("unet", "LoRA", 3, ("VAE",)).bytes_held(2)
     assert (lora["weights"], lora["gradients"], lora["copy"], lora["AdamW"]) == (24 + 220, 24, 0, 48)
+
+
+# Work
+
+
+def test_the_networks_cost_what_is_published_of_them():
+    """TMAC per sample at SD 1.5's sizes, as others count them; a LoRA's backward is 1.13 forwards."""
+    assert cost_by_count.unet("SD 1.5") == pytest.approx(0.402, rel=2e-3)
+    assert cost_by_count.unet("SD 1.5", "4") == pytest.approx(0.402 * 2.13, rel=0.01)
+    assert cost_by_count.vae("SD 1.5", "encode") == pytest.approx(0.558, rel=0.03)
+    assert cost_by_count.vae("SD 1.5", "decode") == pytest.approx(1.257, rel=0.01)
+    assert cost_by_count.clip("vision") == pytest.approx(0.168, rel=0.02)
+    assert cost_by_count.clip("text") == pytest.approx(0.024, rel=0.1)
+
+
+def test_the_page_says_what_the_recipes_cost():
+    page = (ROOT / "docs" / "results.md").read_text()
+    for printed in (cost_by_count.network_table(["SD 1.5"]), cost_by_count.recipe_table(["SD 1.5"])):
+        assert [line for line in printed.splitlines() if line not in page] == []
+
+
+def test_recipes_by_hand(monkeypatch):
+    """A UNet's forward is 1, with backward 3 (a LoRA's 2), the latent judge's 0.25; coding 10 and 20, towers 4 and 5."""
+    monkeypatch.setattr(cost_by_count, "unet", lambda size, training=None: {None: 1, "full": 3}.get(training, 2))
+    monkeypatch.setattr(cost_by_count, "latent_judge", lambda size: 0.25)
+    monkeypatch.setattr(cost_by_count, "vae", lambda size, way: {"encode": 10, "decode": 20}[way])
+    monkeypatch.setattr(cost_by_count, "clip", {"vision": 4, "text": 5}.__getitem__)
+    dpo, spo, lpo = cost_by_count.recipes("SD 1.5")
+    # Two pictures: encoded, policy with backward, reference.
+    assert dpo.total == pytest.approx(2000 * 2048 * 2 * (10 + 3 + 1) / 1e6)
+    # Two pictures: encoded, two branches, decoded, seen with backward; the text once.
+    assert spo.judge == pytest.approx(8000 * 64 * (2 * (10 + 2 + 20 + 12) + 15) / 1e6)
+    assert spo.pools == pytest.approx(40_000 * (130 + 64 * (20 + 4) + 5) / 1e6)  # 130 calls and 64 decodes a prompt
+    assert spo.training == pytest.approx(40_000 * 8 * 2 * (2 + 1) / 1e6)  # half of 16 pairs, two branches
+    assert lpo.judge == pytest.approx(4000 * 128 * 2 * (10 + 3 * 2 * 0.25) / 1e6)
+    assert lpo.pools == pytest.approx(20_000 * (40 + 160 * 0.25) / 1e6)
+    assert lpo.training == pytest.approx(20_000 * 10 * 2 * (2 + 1) / 1e6)
+    _, spo, _ = cost_by_count.recipes("SDXL")
+    assert spo.pools == pytest.approx(40_000 * (70 + 8 * (20 + 4) + 5) / 1e6)  # two candidates, four times judged
+    assert spo.training == pytest.approx(40_000 * 8 * 4 * (2 + 1) / 1e6)  # no shared x_t: two passes a pair
+    assert spo.judge == pytest.approx(7000 * 64 * (2 * (10 + 2 + 20 + 12) + 15) / 1e6)
