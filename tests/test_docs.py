@@ -110,7 +110,7 @@ def test_the_page_says_what_the_recipes_cost():
 
 
 def test_recipes_by_hand(monkeypatch):
-    """A UNet's forward is 1, with backward 3 (a LoRA's 2), the latent judge's 0.25; coding 10 and 20, towers 4 and 5."""
+    """A UNet's forward is 1, with backward 3 (a LoRA's 2), the latent judge's 0.25; codings 10, 20, towers 4, 5."""
     monkeypatch.setattr(cost_by_count, "unet", lambda size, training=None: {None: 1, "full": 3}.get(training, 2))
     monkeypatch.setattr(cost_by_count, "latent_judge", lambda size: 0.25)
     monkeypatch.setattr(cost_by_count, "vae", lambda size, way: {"encode": 10, "decode": 20}[way])
