@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-
-from experiments import compare, prepare_feedback, prepare_pickapic, prepare_pictures, run
+from experiments import prepare_feedback, prepare_pickapic, prepare_pictures
+from experiments.ablate import Trial, show, train_and_compare
 from experiments.cli.command import run_command
 from lightning_modules.files import resolved_path
-from lightning_modules.terminal import literal
 
 # Settings as docs/results.md says they were chosen, where it does.
 METHODS = {
@@ -59,19 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=resolved_path, default="runs", help="Folder for the runs (%(default)s).")
     parser.add_argument("--pairs", type=int, default=768, help="Pairs of the base's pictures to draw (%(default)s).")
     args, overrides = parser.parse_known_args(argv)
-    runs = []
+    trials = []
     for method in args.methods:
-        settings = shlex.split(METHODS[method])
+        words = shlex.split(METHODS[method])
         if method in ON_PICTURES:
-            settings += _pictures(args.data, args.pairs, single=method == "kto")
+            words += _pictures(args.data, args.pairs, single=method == "kto")
         for seed in args.seeds:
             folder = args.runs / f"demo-{method}-seed{seed}"
-            words = [*settings, "--run_dir", folder, f"--seed_everything={seed}", *overrides]
-            _show(run.main, "run", *words, "--ckpt_path", "auto")
-            _show(run.main, "run", "test", *words, "--ckpt_path", "last")
-            runs.append(f"{method}={folder}")
-    if len(runs) > 1:
-        _show(compare.main, "compare", *runs, "--output", args.runs / "demo-comparison")
+            trials.append(Trial(method, folder, (*words, f"--seed_everything={seed}", *overrides)))
+    train_and_compare(trials, args.runs / "demo-comparison")
 
 
 def _pictures(data: Path, number: int, *, single: bool) -> list[str]:
@@ -80,22 +73,14 @@ def _pictures(data: Path, number: int, *, single: bool) -> list[str]:
     if not (pairs / "manifest.json").exists():
         feedback = ["--config", "dpo_tiny", "--prompts", "embedded/prompts/shapes_train.txt"]
         feedback += ["--reward", "ShapesReward", "--sampler.guidance_scale=2", "--candidates=4"]
-        _show(prepare_feedback.main, "prepare_feedback", *feedback, f"--pairs={number}", f"--output={drawn}")
-        _show(prepare_pickapic.main, "prepare_pickapic", "--input", drawn, "--output", pairs)
+        show(prepare_feedback.main, "prepare_feedback", *feedback, f"--pairs={number}", f"--output={drawn}")
+        show(prepare_pickapic.main, "prepare_pickapic", "--input", drawn, "--output", pairs)
     if not single:
         return [f"--data.shards={pairs}"]
     sides = [pictures / side for side in prepare_pictures.SIDES]
     if not all((side / "manifest.json").exists() for side in sides):
-        _show(prepare_pictures.main, "prepare_pictures", "--input", pairs, "--output", pictures)
+        show(prepare_pictures.main, "prepare_pictures", "--input", pairs, "--output", pictures)
     return [f"--data.{side.name}={side}" for side in sides]
-
-
-def _show(command: Callable[[Sequence[str]], Any], name: str, *words: Any) -> None:
-    """Run a command of this package in this process, after showing how to type it."""
-    argv = [str(word) for word in words]
-    Console().print()
-    Console().print(literal(f"$ python -m experiments.{name} {shlex.join(argv)}"), style="bold")
-    command(argv)
 
 
 if __name__ == "__main__":

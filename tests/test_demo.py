@@ -79,7 +79,7 @@ def test_kto_learns_from_the_same_pictures_one_by_one(tmp_path, capsys, small):
     demo.main(["--methods", "dmpo", "kto", "--pairs", "8", *small])
     assert last_judged(tmp_path / "runs" / "demo-kto-seed42") == ("test", 2, 4)
     names = [line.split()[3].removeprefix("experiments.") for line in commands(capsys)]
-    assert names == ["prepare_feedback", "prepare_pickapic", "run", "run", "prepare_pictures", "run", "run", "compare"]
+    assert names == ["prepare_feedback", "prepare_pickapic", "prepare_pictures", "run", "run", "run", "run", "compare"]
 
 
 def test_spo_and_its_control_learn_from_pools_and_are_compared(tmp_path, capsys, small):
