@@ -32,7 +32,7 @@ HUB_SECONDS = 10.0
 # What is imported only when such a class is made.
 PACKAGE_OF = {
     "WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune",
-    "AdamW8bit": "bitsandbytes",
+    "AdamW8bit": "bitsandbytes", "NF4": "bitsandbytes", "TorchAo": "torchao",
 }  # fmt: skip
 
 DATA_MODULES = ("PreferencePairsDataModule", "SinglePicturesDataModule", "StepPoolDataModule")
@@ -116,8 +116,24 @@ def contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
     adaptation = class_of(find(settings, "model.policy.adaptation"))
     if short(reference or "") == "AdapterOff" and adaptation is not None and short(adaptation) == "FullFineTuning":
         yield "model.reference AdapterOff switches adapters off, and FullFineTuning has none; use FrozenCopy, or LoRA"
+    yield from _quantisation_contradictions(settings)
     if short(class_of(find(settings, "data")) or "") == "StepPoolDataModule":
         yield from _pool_contradictions(settings)
+
+
+def _quantisation_contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What does not go with a frozen base whose weights are rounded."""
+    kind = class_of(find(settings, "model.policy.quantisation"))
+    if kind is None:
+        return
+    told = f"model.policy.quantisation {short(kind)} rounds the base's weights"
+    if short(class_of(find(settings, "model.policy.adaptation")) or "") == "FullFineTuning":
+        yield f"{told}, and model.policy.adaptation FullFineTuning trains them; use LoRA, or leave quantisation out"
+    if short(class_of(find(settings, "model.reference")) or "") == "FrozenCopy":
+        yield f"{told} to save memory, which model.reference FrozenCopy takes again for a copy; use AdapterOff"
+    strategy = find(settings, "trainer.strategy")
+    if strategy == "fsdp2" or issubclass(_imported(class_of(strategy) or "") or object, FullyShardedStrategy):
+        yield f"{told}, and trainer.strategy fsdp2 cannot share them out; use ddp, or leave quantisation out"
 
 
 def _pool_contradictions(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from lightning_modules.batches import Conditioning, DenoiserQuery
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.adaptation import Adaptation
 from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.policies.quantisation import Quantisation
 from lightning_modules.randomness import randn
 from lightning_modules.schedules.base import Schedule
 from lightning_modules.schedules.discrete import NoiseSchedule
@@ -53,6 +54,8 @@ class LatentDiffusion(DiffusionPolicy):
             tokenizers and scheduler come. Its weights are not read.
         negative_prompt: what guidance contrasts with. None is what the diffusers pipelines do when none is given:
             the empty prompt for SD, zeros for SDXL.
+        quantisation: how the denoiser's weights are held while a LoRA trains beside them (``Fp8Casting``, ``TorchAo``,
+            ``NF4``); None as ``frozen_dtype`` says. It rounds them, so that the base is another one.
 
     Raises:
         ConfigError: missing or damaged weights, a base model of another kind, or a VAE with normalisation that is not
@@ -75,8 +78,12 @@ class LatentDiffusion(DiffusionPolicy):
         gradient_checkpointing: bool = False,
         negative_prompt: str | None = "",
         layout: str | None = None,
+        quantisation: Quantisation | None = None,
     ) -> None:
         super().__init__()
+        if quantisation is not None:
+            check_quantisation(quantisation, adaptation)
+        self.quantisation = quantisation
         self.adaptation = adaptation
         self.negative_prompt = negative_prompt
         self._frozen_dtype = DTYPES[frozen_dtype]
@@ -95,6 +102,8 @@ class LatentDiffusion(DiffusionPolicy):
         if gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self.requires_grad_(False)
+        if quantisation is not None:  # first: adapters are of the kind of the layers that they adapt
+            quantisation.apply(network, self.blocks)
         adaptation.apply(self)
         self.train()
 
@@ -252,6 +261,19 @@ class LatentDiffusion(DiffusionPolicy):
 
     def save_pretrained(self, folder: Path) -> None:
         self.adaptation.save(self, Path(folder))
+
+
+def check_quantisation(quantisation: Quantisation, adaptation: Adaptation) -> None:
+    """
+    Raises:
+        ConfigError: a package is missing, or the weights that it rounds are to train.
+    """
+    if adaptation.trains_denoiser_weights:
+        raise ConfigError(
+            f"model.policy.quantisation {type(quantisation).__name__} rounds the denoiser's weights, and "
+            f"{type(adaptation).__name__} trains them; use the LoRA adaptation, or leave quantisation out"
+        )
+    quantisation.check()
 
 
 def component_source(pipeline: Pretrained, name: str, override: str | None) -> Pretrained:
