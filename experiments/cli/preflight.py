@@ -21,6 +21,7 @@ from datamodules.shards.download import is_remote
 from datamodules.shards.locate import expand
 from datamodules.shards.manifest import MANIFEST
 from experiments.cli.compose import known_classes
+from experiments.cli.run_captions import prompts_of
 from experiments.cli.tree import MISSING, class_of, find, is_class, short
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.files import resolved_path
@@ -74,6 +75,7 @@ def problems(settings: Mapping[str, Any], job: str) -> Iterator[str]:
             yield "predict draws pictures and has no prompts; give --pictures.prompts=FILE"
         else:
             yield from _prompts("pictures.prompts", prompts, {})
+    yield from _text_cache(settings)
     if job == "fit":
         yield from contradictions(settings)
 
@@ -91,6 +93,30 @@ def _strategy(strategy: Any) -> Iterator[str]:
             f"trainer.strategy {name} is not supported: pools, pictures, exports and checkpoints take whole weights; "
             "use ddp, or fsdp2 (ModelParallelStrategy, set up for them) where a process has no room for all weights, "
             "gradients and moments"
+        )
+
+
+def _text_cache(settings: Mapping[str, Any]) -> Iterator[str]:
+    """A cache that was not filled, or lacks prompts; captions of shards are too many to be looked for."""
+    name = find(settings, "model.policy.text_cache")
+    if not isinstance(name, str):
+        return
+    command = f"python -m experiments.encode_prompts --config CONFIG --output {name}"
+    if not resolved_path(name).is_dir():
+        yield f"model.policy.text_cache: {name} does not exist; fill it first ({command})"
+        return
+    from lightning_modules.policies.text_cache import cached_captions  # torch, which few lists of problems need
+
+    try:
+        there = cached_captions(resolved_path(name))
+        missing = [prompt for prompt in prompts_of(settings) if prompt not in there]
+    except UserError as error:
+        yield f"model.policy.text_cache: {error}"
+        return
+    if missing:
+        yield (
+            f"model.policy.text_cache: {name} lacks {len(missing)} of the prompts that the settings name, such as "
+            f"{missing[0][:80]!r}; add them ({command})"
         )
 
 

@@ -53,7 +53,8 @@ class DiffusionPolicy(nn.Module, ABC):
     @abstractmethod
     def encoders(self) -> Mapping[str, nn.Module]:
         """What turns pictures and prompts into latents and conditioning, by name in a diffusers pipeline's folder:
-        the autoencoder, ``vae``, and then every ``text_encoder...``."""
+        the autoencoder, ``vae``, and then every ``text_encoder...``, which are read again where a text cache has freed
+        them."""
 
     def encoding_settings(self) -> Mapping[str, Any]:
         """What the encoders' outputs depend on besides their weights and configurations, as plain values."""
