@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_modules.batches import (
     Conditioning,
@@ -84,13 +85,26 @@ class AlignmentModule(TrainingModule):
         """Before any checkpoint is restored: the reference is the policy as it was before training."""
         if self.reference is not None:
             self.reference.attach(self.policy)
+        if self.policy.quantisation is not None:
+            # DDP cannot send quantised weights, and every process has read the same files.
+            frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
 
     def denoisers(self) -> list[nn.Module]:
         """The policy's, and what the reference keeps beside it: the large networks."""
         return [self.policy.denoiser, *(self.reference.own_networks() if self.reference is not None else [])]
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Leave this process its part of them (``trainer.strategy: fsdp2``)."""
+        """Leave this process its part of them (``trainer.strategy: fsdp2``).
+
+        Raises:
+            ConfigError: their weights are quantised.
+        """
+        if self.policy.quantisation is not None:
+            raise ConfigError(
+                f"trainer.strategy fsdp2: the policy's base is quantised ({type(self.policy.quantisation).__name__}), "
+                "and quantised weights are not shared out; use ddp, or leave model.policy.quantisation out"
+            )
         for network in self.denoisers():
             shard(network, self.policy.blocks, mesh)
 

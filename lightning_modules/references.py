@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_modules.batches import DenoiserQuery
+from lightning_modules.errors import ConfigError
 from lightning_modules.policies.base import DiffusionPolicy
 
 
@@ -50,9 +51,17 @@ class FrozenCopy(Reference):
 
     Kept in the policy's own dtype: at DPO's beta, a reference in fp16 beside a policy in fp32 moves the loss's
     argument by 0.06 (one standard deviation) where 0 is exact.
+
+    Raises:
+        ConfigError: on ``attach``, a quantised policy, whose adapters can be switched off for nothing.
     """
 
     def attach(self, policy: DiffusionPolicy) -> None:
+        if policy.quantisation is not None:
+            raise ConfigError(
+                f"FrozenCopy reference: the policy's base is quantised ({type(policy.quantisation).__name__}) to save "
+                "memory, which a copy would take again; use AdapterOff"
+            )
         self._policy = policy
         self._denoiser: nn.Module = copy.deepcopy(policy.denoiser).requires_grad_(False).eval()
 

@@ -32,7 +32,9 @@ from transformers import (
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.policies.flux import Flux
 from lightning_modules.policies.lora import LoRA
+from lightning_modules.policies.quantisation import linear_layers
 from lightning_modules.policies.sd3 import StableDiffusion3
+from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.rewards.time_conditioning import add_time_conditioning
 
 DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
@@ -165,6 +167,26 @@ def numbers(name: str) -> int:
         return sum(parameter.numel() for parameter in NETWORKS[name]().parameters())
 
 
+BLOCKS = {
+    "SD 1.5 UNet": StableDiffusion.blocks,
+    "SDXL UNet": StableDiffusion.blocks,
+    "SD 3.5 medium transformer": StableDiffusion3.blocks,
+    "FLUX.1-dev transformer": Flux.blocks,
+}
+
+
+@cache
+def quantised_numbers(name: str) -> int:
+    """Parameters of a denoiser whose weights a quantisation rounds."""
+    with torch.device("meta"):
+        return sum(layer.weight.numel() for _, layer in linear_layers(NETWORKS[name](), BLOCKS[name]))
+
+
+def nf4(count: int) -> int:
+    """bitsandbytes: half a byte a number, a byte for the scale of 64 numbers and four for that of 256 scales."""
+    return count // 2 + count // 64 + 4 * (count // 64 // 256)
+
+
 @cache
 def trained_shapes(unet: str, rank: int | None) -> Shapes:
     """Shapes of what trains: the UNet's own weights, or with a rank its LoRA on the layers of its kind."""
@@ -276,6 +298,17 @@ def network_table() -> str:
     return table(["network", "numbers", "fp32, GB", "bf16 or fp16, GB"], rows)
 
 
+def quantised_table() -> str:
+    """Denoisers in bf16, and with the weights of their blocks' linear layers rounded."""
+    rows = []
+    for name in BLOCKS:
+        rounded = quantised_numbers(name)
+        rest = 2 * (numbers(name) - rounded)
+        held = (2 * rounded + rest, rounded + rest, nf4(rounded) + rest)
+        rows.append([name, f"{rounded / 1e6:.1f} M", *map(gigabytes, held)])
+    return table(["network", "numbers that are rounded", "bf16, GB", "8 bits, GB", "NF4, GB"], rows)
+
+
 def training_table() -> str:
     rows = []
     for training in trainings():
@@ -300,7 +333,7 @@ def training_table() -> str:
 
 
 def main() -> None:
-    print(network_table(), training_table(), sep="\n\n")
+    print(network_table(), quantised_table(), training_table(), sep="\n\n")
 
 
 if __name__ == "__main__":

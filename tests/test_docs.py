@@ -52,7 +52,9 @@ def test_every_known_answer_is_on_the_page_of_claims():
 # Memory
 
 
-@pytest.mark.parametrize("table", [memory_by_count.network_table, memory_by_count.training_table])
+@pytest.mark.parametrize(
+    "table", [memory_by_count.network_table, memory_by_count.quantised_table, memory_by_count.training_table]
+)
 def test_the_tables_of_the_page_on_memory_are_those_that_the_command_prints(table):
     assert table() in MEMORY
 

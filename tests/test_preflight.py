@@ -66,6 +66,15 @@ def test_everything_that_is_missing_is_one_list(folder, nothing_is_built):
         (["--model.reference=null"], "model.objective DPO compares with a reference, and model.reference is null"),
         (["--model.reference=AdapterOff"], "AdapterOff switches adapters off, and FullFineTuning has none"),
         (
+            ["--model.policy.quantisation=Fp8Casting"],
+            "and model.policy.adaptation FullFineTuning trains them; use LoRA",
+        ),
+        (["--model.policy.quantisation=Fp8Casting"], "which model.reference FrozenCopy takes again for a copy"),
+        (
+            ["--model.policy.quantisation=Fp8Casting", "--trainer.strategy=fsdp2"],
+            "Fp8Casting rounds the base's weights, and trainer.strategy fsdp2 cannot share them out; use ddp",
+        ),
+        (
             ["--model.lr_scheduler.total_steps=50"],
             "model.lr_scheduler reaches 0 at step 50, and trainer.max_steps",
         ),

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from pairs_data import write_shards
 from PIL import Image
 
-from experiments import compare, evaluate, label, prepare_pairs, prepare_pickapic, prepare_prompts, run
+from experiments import compare, encode_prompts, evaluate, label, prepare_pairs, prepare_pickapic, prepare_prompts, run
 from experiments.cli.compose import find_config
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def test_every_run_command_parses(capsys, begun, command):
 
 
 def test_every_other_command_parses():
-    for command in (prepare_pickapic, prepare_pairs, prepare_prompts, compare, evaluate, label):
+    for command in (prepare_pickapic, prepare_pairs, prepare_prompts, encode_prompts, compare, evaluate, label):
         named = commands(command.__name__.removeprefix("experiments."))
         assert named, command
         for words in named:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
-
 from datamodules.shards.manifest import LatentsKey
 from lightning_modules.errors import ConfigError, DataError
 from lightning_modules.policies.base import DiffusionPolicy
-
-# What an autoencoder's latents and a CLIP text encoder's outputs depend on besides their weights; and T5's, below.
-_CONFIG_FIELDS = ("scaling_factor", "shift_factor", "hidden_act", "num_attention_heads", "layer_norm_eps")
-_T5_FIELDS = ("layer_norm_epsilon", "feed_forward_proj", "relative_attention_max_distance")
+from lightning_modules.weights.network_hash import add_network
 
 
 def latents_fingerprint(policy: DiffusionPolicy, resolution: int, crop: str, dtype: str) -> str:
@@ -31,14 +26,7 @@ def latents_fingerprint(policy: DiffusionPolicy, resolution: int, crop: str, dty
     if settings := policy.encoding_settings():
         digest.update(repr(sorted(settings.items())).encode())
     for module in policy.encoders().values():
-        config = getattr(module, "config", None)
-        digest.update(repr([(name, getattr(config, name, None)) for name in _CONFIG_FIELDS]).encode())
-        if getattr(config, "model_type", None) == "t5":
-            digest.update(repr([(name, getattr(config, name, None)) for name in _T5_FIELDS]).encode())
-        for parameter in module.parameters():
-            data = parameter.detach().cpu().contiguous()
-            digest.update(repr((tuple(data.shape), str(data.dtype))).encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+        add_network(digest, module)
     return digest.hexdigest()
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_modules.weights.sharding import own_class
 
@@ -32,13 +34,21 @@ def fingerprint(module: nn.Module, frozen_in_full: bool = False) -> str:
         plain = {key: value for key, value in vars(part).items() if _is_plain(value)}
         shown = sorted((key, value) for key, value in plain.items() if not key.startswith("_") and key != "training")
         found.update(repr((name, own_class(part).__name__, shown)).encode())
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        values = tensor.detach().reshape(-1)
-        if not (tensor.requires_grad or frozen_in_full):
-            values = values[:: max(1, len(values) // 64)]
-        found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-        found.update(_bytes(values))
+    for named in (*module.named_parameters(), *module.named_buffers()):
+        for name, tensor in _stored(*named):
+            values = tensor.detach().reshape(-1)
+            if not (tensor.requires_grad or frozen_in_full):
+                values = values[:: max(1, len(values) // 64)]
+            found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+            found.update(_bytes(values))
     return found.hexdigest()
+
+
+def _stored(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The plain tensors that it is stored as: a quantised one of torchao is several."""
+    if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
+        return [(name, tensor)]
+    return [(f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0]]
 
 
 def schedule_fingerprint(schedule: Any) -> str:

@@ -23,7 +23,8 @@ import re
 import stat
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,14 +126,17 @@ class IndexedShard:
                 f"written; {REMEDY}"
             )
 
-    def read(self, key: str) -> Sample:
-        """
+    def read(self, key: str, only: str | None = None) -> Sample:
+        """All members of a sample, or one alone.
+
         Raises:
             DataError: the file has been cut since it was opened, or cannot be read any more.
             BadSampleError: a member is larger than any that this program writes.
         """
         found = {}
         for name, (offset, size) in self.rows[key].items():
+            if only not in (None, name):
+                continue
             limit = MAX_INFO_BYTES if name == "json" else MAX_MEMBER_BYTES
             if size > limit:
                 raise BadSampleError(BadSample(str(self.path), key, f"{name} has {size} bytes, more than {limit}"))
@@ -232,6 +236,17 @@ class ShardSet:
         """
         opened = self.shard(shard)
         return self._read(shard, opened.keys[row])
+
+    def captions(self) -> Iterator[str]:
+        """Of every sample, in order, but for damaged ones; no picture is read.
+
+        Raises:
+            DataError: a shard is gone or damaged.
+        """
+        for number in range(len(self._shards)):
+            for key in self.shard(number).keys:
+                with suppress(BadSampleError):
+                    yield self.shard(number).read(key, only="json").info()["caption"]
 
     def _read(self, shard: int, key: str) -> Sample:
         # Named as the user named it: a cache folder may be another one on another machine.

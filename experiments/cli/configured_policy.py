@@ -46,8 +46,8 @@ def policy_settings(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in found[0].items()}
 
 
-def build_policy(settings: dict[str, Any]) -> DiffusionPolicy:
-    """The policy of these settings, on this process's device.
+def build_policy(settings: dict[str, Any], device: str | None = None) -> DiffusionPolicy:
+    """The policy of these settings, on a device; None is this process's.
 
     Raises:
         ConfigError: settings that it doesn't have; missing weights.
@@ -60,16 +60,22 @@ def build_policy(settings: dict[str, Any]) -> DiffusionPolicy:
     parser = OneLineParser(add_help=False)
     parser.add_argument("--policy", type=DiffusionPolicy, required=True)
     policy: DiffusionPolicy = parser.instantiate(parser.parse_object({"policy": settings})).policy
-    return policy.eval().to(device_of_this_process())
+    return policy.eval().to(device or device_of_this_process())
 
 
 @lru_cache(maxsize=1)
 def load_policy(config: str) -> DiffusionPolicy:
-    """The policy that an experiment's YAML describes, on this process's device.
+    """The policy that an experiment's YAML describes, on this process's device, with its text encoders.
 
     Raises:
         ConfigError: no such config, or it describes no policy; missing weights.
     """
     from experiments.cli.compose import find_config
 
-    return build_policy(policy_settings(find_config(config)))
+    return build_policy(without(policy_settings(find_config(config)), "text_cache"))
+
+
+def without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A policy's class and arguments less some of the arguments."""
+    arguments = settings.get("init_args") or {}
+    return {**settings, "init_args": {name: value for name, value in arguments.items() if name not in names}}

@@ -21,6 +21,7 @@ from datamodules.shards.download import is_remote
 from datamodules.shards.locate import expand
 from datamodules.shards.manifest import MANIFEST
 from experiments.cli.compose import known_classes
+from experiments.cli.run_captions import prompts_of
 from experiments.cli.tree import MISSING, class_of, find, is_class, short
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.files import resolved_path
@@ -32,7 +33,7 @@ HUB_SECONDS = 10.0
 # What is imported only when such a class is made.
 PACKAGE_OF = {
     "WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune",
-    "AdamW8bit": "bitsandbytes",
+    "AdamW8bit": "bitsandbytes", "NF4": "bitsandbytes", "TorchAo": "torchao",
 }  # fmt: skip
 
 DATA_MODULES = ("PreferencePairsDataModule", "SinglePicturesDataModule", "StepPoolDataModule")
@@ -74,6 +75,7 @@ def problems(settings: Mapping[str, Any], job: str) -> Iterator[str]:
             yield "predict draws pictures and has no prompts; give --pictures.prompts=FILE"
         else:
             yield from _prompts("pictures.prompts", prompts, {})
+    yield from _text_cache(settings)
     if job == "fit":
         yield from contradictions(settings)
 
@@ -91,6 +93,30 @@ def _strategy(strategy: Any) -> Iterator[str]:
             f"trainer.strategy {name} is not supported: pools, pictures, exports and checkpoints take whole weights; "
             "use ddp, or fsdp2 (ModelParallelStrategy, set up for them) where a process has no room for all weights, "
             "gradients and moments"
+        )
+
+
+def _text_cache(settings: Mapping[str, Any]) -> Iterator[str]:
+    """A cache that was not filled, or lacks prompts; captions of shards are too many to be looked for."""
+    name = find(settings, "model.policy.text_cache")
+    if not isinstance(name, str):
+        return
+    command = f"python -m experiments.encode_prompts --config CONFIG --output {name}"
+    if not resolved_path(name).is_dir():
+        yield f"model.policy.text_cache: {name} does not exist; fill it first ({command})"
+        return
+    from lightning_modules.policies.text_cache import cached_captions  # torch, which few lists of problems need
+
+    try:
+        there = cached_captions(resolved_path(name))
+        missing = [prompt for prompt in prompts_of(settings) if prompt not in there]
+    except UserError as error:
+        yield f"model.policy.text_cache: {error}"
+        return
+    if missing:
+        yield (
+            f"model.policy.text_cache: {name} lacks {len(missing)} of the prompts that the settings name, such as "
+            f"{missing[0][:80]!r}; add them ({command})"
         )
 
 
@@ -116,8 +142,24 @@ def contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
     adaptation = class_of(find(settings, "model.policy.adaptation"))
     if short(reference or "") == "AdapterOff" and adaptation is not None and short(adaptation) == "FullFineTuning":
         yield "model.reference AdapterOff switches adapters off, and FullFineTuning has none; use FrozenCopy, or LoRA"
+    yield from _quantisation_contradictions(settings)
     if short(class_of(find(settings, "data")) or "") == "StepPoolDataModule":
         yield from _pool_contradictions(settings)
+
+
+def _quantisation_contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What does not go with a frozen base whose weights are rounded."""
+    kind = class_of(find(settings, "model.policy.quantisation"))
+    if kind is None:
+        return
+    told = f"model.policy.quantisation {short(kind)} rounds the base's weights"
+    if short(class_of(find(settings, "model.policy.adaptation")) or "") == "FullFineTuning":
+        yield f"{told}, and model.policy.adaptation FullFineTuning trains them; use LoRA, or leave quantisation out"
+    if short(class_of(find(settings, "model.reference")) or "") == "FrozenCopy":
+        yield f"{told} to save memory, which model.reference FrozenCopy takes again for a copy; use AdapterOff"
+    strategy = find(settings, "trainer.strategy")
+    if strategy == "fsdp2" or issubclass(_imported(class_of(strategy) or "") or object, FullyShardedStrategy):
+        yield f"{told}, and trainer.strategy fsdp2 cannot share them out; use ddp, or leave quantisation out"
 
 
 def _pool_contradictions(settings: Mapping[str, Any]) -> Iterator[str]:

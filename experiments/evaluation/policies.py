@@ -66,12 +66,14 @@ class PolicySource:
     def load(self, dtype: str) -> DiffusionPolicy:
         """The policy on this process's device, in eval mode, frozen, its denoiser in ``dtype``: "fp32", "bf16", "fp16".
 
+        A base that was quantised for training is loaded as it is published, and prompts are encoded, not looked up.
+
         Raises:
             ConfigError: missing or damaged weights; an overlay that does not fit.
         """
         settings = json.loads(self.base)
         if settings["class_path"].startswith("lightning_modules."):
-            settings["init_args"]["frozen_dtype"] = dtype
+            settings["init_args"] |= {"frozen_dtype": dtype, "quantisation": None, "text_cache": None}
         policy = build_policy(settings)
         if self.overlay is not None:
             self.overlay.apply(policy)

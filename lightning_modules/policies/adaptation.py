@@ -95,5 +95,7 @@ class FullFineTuning(Adaptation):
             network.save_pretrained(folder / name)  # type: ignore[operator]
 
     def _trained(self, policy: DiffusionPolicy) -> dict[str, nn.Module]:
-        text = {name: network for name, network in policy.encoders().items() if name != "vae"}
-        return {policy.denoiser_name: policy.denoiser, **(text if self.text_encoder else {})}
+        found = {policy.denoiser_name: policy.denoiser}
+        if self.text_encoder:
+            found |= {name: network for name, network in policy.encoders().items() if name != "vae"}
+        return found

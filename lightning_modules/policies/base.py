@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_modules.batches import Conditioning, DenoiserQuery
+from lightning_modules.policies.quantisation import Quantisation
 from lightning_modules.schedules.base import Schedule
 
 
@@ -28,7 +29,9 @@ class DiffusionPolicy(nn.Module, ABC):
         lora_loader: diffusers' mixin that reads and writes LoRA files of this kind of model.
         lora_targets: names' ends of the denoiser's layers that get an adapter where none are named.
         writes_kohya: whether other programs read its LoRA files under kohya's names, which for transformers are others.
-        blocks: classes of the denoiser's repeating blocks: what is gathered at a time where weights are sharded.
+        blocks: classes of the denoiser's repeating blocks: what is gathered at a time where weights are sharded, and
+            whose linear layers are quantised.
+        quantisation: how the denoiser's frozen weights are held; None as they are loaded.
     """
 
     schedule: Schedule
@@ -40,6 +43,7 @@ class DiffusionPolicy(nn.Module, ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     writes_kohya: ClassVar[bool] = True
     blocks: tuple[type[nn.Module], ...] = ()
+    quantisation: Quantisation | None = None
 
     @property
     @abstractmethod
@@ -49,7 +53,8 @@ class DiffusionPolicy(nn.Module, ABC):
     @abstractmethod
     def encoders(self) -> Mapping[str, nn.Module]:
         """What turns pictures and prompts into latents and conditioning, by name in a diffusers pipeline's folder:
-        the autoencoder, ``vae``, and then every ``text_encoder...``."""
+        the autoencoder, ``vae``, and then every ``text_encoder...``, which are read again where a text cache has freed
+        them."""
 
     def encoding_settings(self) -> Mapping[str, Any]:
         """What the encoders' outputs depend on besides their weights and configurations, as plain values."""

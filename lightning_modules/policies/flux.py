@@ -68,11 +68,10 @@ class Flux(FlowTransformer):
         return OWN_SIZE
 
     def _encode_text(self, prompts: list[str]) -> Conditioning:
-        words = token_ids(self.tokenizer, prompts, self.tokenizer.model_max_length, CLIP_CUTS).to(self.device)
-        ids = token_ids(self.tokenizer_2, prompts, self.t5_tokens, T5_CUTS).to(self.device)
-        return Conditioning(
-            embeds=self.text_encoder_2(ids).last_hidden_state, pooled=self.text_encoder(words).pooler_output
-        )
+        clip, t5 = self.text_encoder, self.text_encoder_2
+        words = token_ids(self.tokenizer, prompts, self.tokenizer.model_max_length, CLIP_CUTS).to(clip.device)
+        ids = token_ids(self.tokenizer_2, prompts, self.t5_tokens, T5_CUTS).to(t5.device)
+        return Conditioning(embeds=t5(ids).last_hidden_state, pooled=clip(words).pooler_output)
 
     def _denoise(
         self, network: Any, latents: Float[Tensor, "n c h w"], timesteps: Tensor, cond: Conditioning

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from lightning_modules.batches import Conditioning, DenoiserQuery
 from lightning_modules.errors import ConfigError
+from lightning_modules.files import resolved_path
 from lightning_modules.policies.adaptation import Adaptation
-from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.policies.quantisation import Quantisation
+from lightning_modules.policies.text_conditioned import TextConditioned
 from lightning_modules.randomness import randn
 from lightning_modules.schedules.base import Schedule
 from lightning_modules.schedules.discrete import NoiseSchedule
@@ -28,7 +30,7 @@ from lightning_modules.weights.pretrained import DTYPES, Pretrained
 CPU_PIXELS = 2**17
 
 
-class LatentDiffusion(DiffusionPolicy):
+class LatentDiffusion(TextConditioned):
     """A diffusers pipeline taken apart. Networks that don't train stay frozen and in eval mode.
 
     A new kind of base model sets ``denoiser_class``, ``denoiser_name``, ``lora_loader`` and ``blocks``, and writes
@@ -53,15 +55,18 @@ class LatentDiffusion(DiffusionPolicy):
             tokenizers and scheduler come. Its weights are not read.
         negative_prompt: what guidance contrasts with. None is what the diffusers pipelines do when none is given:
             the empty prompt for SD, zeros for SDXL.
+        quantisation: how the denoiser's weights are held while a LoRA trains beside them (``Fp8Casting``, ``TorchAo``,
+            ``NF4``); None as ``frozen_dtype`` says. It rounds them, so that the base is another one.
+        text_cache: folder of embeddings by caption, filled by ``experiments.encode_prompts``, in place of the text
+            encoders, which are freed before anything goes to a GPU. A caption that it lacks ends the run; every caption
+            that the config names is in it.
 
     Raises:
-        ConfigError: missing or damaged weights, a base model of another kind, or a VAE with normalisation that is not
-            supported.
+        ConfigError: missing or damaged weights, a base model of another kind, a VAE with normalisation that is not
+            supported, or a text cache of other encoders.
     """
 
     denoiser_class: ClassVar[Any]
-    # diffusers hides its classes behind a lazy module whose stand-ins the type checker would see.
-    vae: Any
 
     def __init__(
         self,
@@ -75,12 +80,18 @@ class LatentDiffusion(DiffusionPolicy):
         gradient_checkpointing: bool = False,
         negative_prompt: str | None = "",
         layout: str | None = None,
+        quantisation: Quantisation | None = None,
+        text_cache: str | None = None,
     ) -> None:
         super().__init__()
+        if quantisation is not None:
+            check_quantisation(quantisation, adaptation)
+        if text_cache is not None and adaptation.trains_text_encoders:
+            raise ConfigError("model.policy.text_cache holds embeddings that training the text encoders would change")
+        self.quantisation = quantisation
         self.adaptation = adaptation
         self.negative_prompt = negative_prompt
         self._frozen_dtype = DTYPES[frozen_dtype]
-        self._negative_cache: dict[torch.device, Conditioning] = {}
         pipeline = Pretrained.find(pretrained, revision, layout)
         trained_dtype = torch.float32 if adaptation.trains_denoiser_weights else self._frozen_dtype
         denoiser_source = component_source(pipeline, self.denoiser_name, denoiser)
@@ -89,24 +100,22 @@ class LatentDiffusion(DiffusionPolicy):
         self.add_module(self.denoiser_name, network)
         vae_source = component_source(pipeline, "vae", vae)
         self.vae = vae_source.load_model(AutoencoderKL, self._vae_dtype(vae_source), None if vae else variant)
-        self._load_text(pipeline, variant, torch.float32 if adaptation.trains_text_encoders else self._frozen_dtype)
+        text_dtype = torch.float32 if adaptation.trains_text_encoders else self._frozen_dtype
+        self._text_source = pipeline, variant, text_dtype
+        self._load_text(*self._text_source)
         self.schedule = self._load_schedule(pipeline)
         self._read_sizes()
         if gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self.requires_grad_(False)
+        if quantisation is not None:  # first: adapters are of the kind of the layers that they adapt
+            quantisation.apply(network, self.blocks)
         adaptation.apply(self)
+        if text_cache is not None:
+            self.use_texts(resolved_path(text_cache))
         self.train()
 
     # What a kind of base model has of its own
-
-    @abstractmethod
-    def _load_text(self, pipeline: Pretrained, variant: str | None, dtype: torch.dtype) -> None:
-        """Set ``text_encoder``, ... in the given number type, and their tokenizers."""
-
-    @abstractmethod
-    def _encode_text(self, prompts: list[str]) -> Conditioning:
-        """One row per prompt."""
 
     @abstractmethod
     def _denoise(
@@ -117,9 +126,6 @@ class LatentDiffusion(DiffusionPolicy):
     def _completed(self, cond: Conditioning, latents: Float[Tensor, "n c h w"]) -> Conditioning:
         """The conditioning reduced or filled up to what the denoiser reads."""
         return cond
-
-    def _encode_negative(self) -> Conditioning:
-        return self.encode_prompts([self.negative_prompt or ""])
 
     def _load_schedule(self, pipeline: Pretrained) -> Schedule:
         self.scheduler_config = self._read_scheduler_config(pipeline)
@@ -167,36 +173,12 @@ class LatentDiffusion(DiffusionPolicy):
     def denoiser(self) -> Any:
         return getattr(self, self.denoiser_name)
 
-    def encoders(self) -> Mapping[str, nn.Module]:
-        text = {name: child for name, child in self.named_children() if name.startswith("text_encoder")}
-        return {"vae": self.vae, **text}
-
     def train(self, mode: bool = True) -> LatentDiffusion:
         super().train(mode)
-        for name, encoder in self.encoders().items():
-            encoder.train(mode and self.adaptation.trains_text_encoders and name != "vae")
+        self.vae.eval()
+        for encoder in self._text_encoders().values():
+            encoder.train(mode and self.adaptation.trains_text_encoders)
         return self
-
-    def _without_autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, enabled=False)
-
-    # Text
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        if self.adaptation.trains_text_encoders:
-            return self._encode_text(list(prompts))
-        with torch.no_grad(), self._without_autocast():
-            return self._encode_text(list(prompts))
-
-    def _negative(self, n: int) -> Conditioning:
-        """The negative prompt's conditioning, n rows."""
-        if self.adaptation.trains_text_encoders:
-            return self._encode_negative().repeat_interleave(n)
-        if self.device not in self._negative_cache:
-            # Validation may come first and run in inference mode, whose tensors training could not use later.
-            with torch.inference_mode(False):
-                self._negative_cache[self.device] = self._encode_negative()
-        return self._negative_cache[self.device].repeat_interleave(n)
 
     # Pictures
 
@@ -252,6 +234,19 @@ class LatentDiffusion(DiffusionPolicy):
 
     def save_pretrained(self, folder: Path) -> None:
         self.adaptation.save(self, Path(folder))
+
+
+def check_quantisation(quantisation: Quantisation, adaptation: Adaptation) -> None:
+    """
+    Raises:
+        ConfigError: a package is missing, or the weights that it rounds are to train.
+    """
+    if adaptation.trains_denoiser_weights:
+        raise ConfigError(
+            f"model.policy.quantisation {type(quantisation).__name__} rounds the denoiser's weights, and "
+            f"{type(adaptation).__name__} trains them; use the LoRA adaptation, or leave quantisation out"
+        )
+    quantisation.check()
 
 
 def component_source(pipeline: Pretrained, name: str, override: str | None) -> Pretrained:

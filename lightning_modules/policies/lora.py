@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,9 @@ class LoRA(Adaptation):
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
         )
         try:
-            denoiser.add_adapter(config)
+            with warnings.catch_warnings():  # of peft, that adapters of torchao's layers cannot be merged; none are
+                warnings.filterwarnings("ignore", message=".*without `get_apply_tensor_subclass`")
+                denoiser.add_adapter(config)
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise ConfigError(

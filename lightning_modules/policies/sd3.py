@@ -51,9 +51,9 @@ class StableDiffusion3(FlowTransformer):
     def _encode_text(self, prompts: list[str]) -> Conditioning:
         clips = []
         for encoder, tokenizer in ((self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)):
-            words = token_ids(tokenizer, prompts, tokenizer.model_max_length, CLIP_CUTS).to(self.device)
+            words = token_ids(tokenizer, prompts, tokenizer.model_max_length, CLIP_CUTS).to(encoder.device)
             clips.append(encoder(words, output_hidden_states=True))
-        ids = token_ids(self.tokenizer_3, prompts, self.t5_tokens, T5_CUTS).to(self.device)
+        ids = token_ids(self.tokenizer_3, prompts, self.t5_tokens, T5_CUTS).to(self.text_encoder_3.device)
         t5 = self.text_encoder_3(ids).last_hidden_state
         beside = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
         return Conditioning(

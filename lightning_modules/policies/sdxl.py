@@ -41,8 +41,8 @@ class StableDiffusionXL(StableDiffusion):
         return torch.float32 if config.get("force_upcast", True) else self._frozen_dtype
 
     def _encode_text(self, prompts: list[str]) -> Conditioning:
-        first_ids = tokenize(self.tokenizer, prompts).to(self.device)
-        second_ids = tokenize(self.tokenizer_2, prompts).to(self.device)
+        first_ids = tokenize(self.tokenizer, prompts).to(self.text_encoder.device)
+        second_ids = tokenize(self.tokenizer_2, prompts).to(self.text_encoder_2.device)
         first = self.text_encoder(first_ids, output_hidden_states=True)
         second = self.text_encoder_2(second_ids, output_hidden_states=True)
         embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)

@@ -87,7 +87,7 @@ class StableDiffusion(LatentDiffusion):
             raise ConfigError("base model: its UNet reads classes besides prompts; give a model for text to image")
 
     def _check_width(self) -> None:
-        encoders: list[Any] = [encoder for name, encoder in self.encoders().items() if name != "vae"]
+        encoders: list[Any] = list(self._text_encoders().values())
         width, wanted = sum(encoder.config.hidden_size for encoder in encoders), self.unet.config.cross_attention_dim
         if wanted != width:
             raise ConfigError(
@@ -96,7 +96,7 @@ class StableDiffusion(LatentDiffusion):
             )
 
     def _encode_text(self, prompts: list[str]) -> Conditioning:
-        ids = tokenize(self.tokenizer, prompts).to(self.device)
+        ids = tokenize(self.tokenizer, prompts).to(self.text_encoder.device)
         return Conditioning(embeds=self.text_encoder(ids).last_hidden_state)
 
     def _completed(self, cond: Conditioning, latents: Float[Tensor, "n c h w"]) -> Conditioning:
