@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_modules.batches import DenoiserQuery
 from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.policies.compiling import deep_copy
 
 
 class Reference(ABC):
@@ -54,7 +54,7 @@ class FrozenCopy(Reference):
 
     def attach(self, policy: DiffusionPolicy) -> None:
         self._policy = policy
-        self._denoiser: nn.Module = copy.deepcopy(policy.denoiser).requires_grad_(False).eval()
+        self._denoiser: nn.Module = deep_copy(policy.denoiser).requires_grad_(False).eval()
 
     @torch.no_grad()
     def predict_noise(self, query: DenoiserQuery) -> Float[Tensor, "n c h w"]:

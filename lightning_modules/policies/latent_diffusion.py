@@ -18,6 +18,7 @@ from lightning_modules.batches import Conditioning, DenoiserQuery
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.adaptation import Adaptation
 from lightning_modules.policies.base import DiffusionPolicy
+from lightning_modules.policies.compiling import blocks_of, compile_parts
 from lightning_modules.randomness import randn
 from lightning_modules.schedules.base import Schedule
 from lightning_modules.schedules.discrete import NoiseSchedule
@@ -53,6 +54,10 @@ class LatentDiffusion(DiffusionPolicy):
             tokenizers and scheduler come. Its weights are not read.
         negative_prompt: what guidance contrasts with. None is what the diffusers pipelines do when none is given:
             the empty prompt for SD, zeros for SDXL.
+        compile: compile the denoiser's blocks and the VAE's decoder when they are first called: minutes, once for each
+            shape. What they compute moves by rounding, in sampling and training alike; not with fsdp2.
+        channels_last: hold the denoiser's and the VAE's weights with channels innermost, as a GPU's convolutions want
+            them. What they compute moves by rounding; files and checkpoints hold the same. Not with fsdp2.
 
     Raises:
         ConfigError: missing or damaged weights, a base model of another kind, or a VAE with normalisation that is not
@@ -75,6 +80,8 @@ class LatentDiffusion(DiffusionPolicy):
         gradient_checkpointing: bool = False,
         negative_prompt: str | None = "",
         layout: str | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.adaptation = adaptation
@@ -96,6 +103,14 @@ class LatentDiffusion(DiffusionPolicy):
             network.enable_gradient_checkpointing()
         self.requires_grad_(False)
         adaptation.apply(self)
+        # Such an attribute is seen by what names pools after the policy.
+        if channels_last:
+            self.channels_last = True
+            for part in (network, self.vae):
+                part.to(memory_format=torch.channels_last)
+        if compile:
+            self.compiled = True
+            compile_parts([*blocks_of(network, self.blocks), self.vae.decoder])
         self.train()
 
     # What a kind of base model has of its own
