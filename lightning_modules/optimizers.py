@@ -1,13 +1,27 @@
-"""Optimizers that need a package of their own."""
+"""Optimizers that need a package of their own, and moments out of a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_modules.errors import ConfigError
+
+
+def lay_out_moments(optimizer: Optimizer) -> None:
+    """Have each moment lie in memory as its weight does, where a checkpoint of another layout was read.
+
+    Fused optimizers go through both in the order of memory and do not look: they would pair other numbers.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            alike = isinstance(value, Tensor) and value.shape == parameter.shape
+            if alike and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class AdamW8bit(Optimizer):

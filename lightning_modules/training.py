@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_modules.errors import ConfigError
 from lightning_modules.lightning_internals import update_step_logs
+from lightning_modules.optimizers import lay_out_moments
 from lightning_modules.randomness import derive_seed, generator
 from lightning_modules.running_means import RunningMeans
 from lightning_modules.weights.audit import mismatch
@@ -54,6 +55,10 @@ class TrainingModule(LightningModule):
         self._means = {"train": RunningMeans(), "val": RunningMeans()}
         self._step_metrics: dict[str, float] = {}
         self._written = True
+
+    def on_train_start(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            lay_out_moments(optimizer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._step_metrics, self._written = {}, False

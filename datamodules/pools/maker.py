@@ -147,7 +147,7 @@ class PoolMaker:
             "prompts_per_pool": self.recipe.prompts_per_pool,
             "prompts_per_batch": self.recipe.prompts_per_batch,
             "latents_dtype": self.recipe.latents_dtype,
-            "precision": str(self.strategy.precision_plugin.precision),
+            "precision": precision_of(self.strategy),
         }
 
     # ------------------------------------------------------------------------------------- ranks
@@ -258,3 +258,10 @@ class PoolMaker:
                 after_step=lambda step: work.advance(step - work.done),
                 checked=min(checked, len(numbers)),
             )
+
+
+def precision_of(strategy: Strategy) -> str:
+    """What sampling and training both compute in: the trainer's precision and, where torch may multiply fp32 matrices
+    in TF32 or coarser (``torch.set_float32_matmul_precision``), that too."""
+    products = torch.get_float32_matmul_precision()
+    return str(strategy.precision_plugin.precision) + ("" if products == "highest" else f", products {products}")

@@ -18,6 +18,7 @@ from lightning_modules.batches import Conditioning, DenoiserQuery
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import resolved_path
 from lightning_modules.policies.adaptation import Adaptation
+from lightning_modules.policies.compiling import blocks_of, compile_parts
 from lightning_modules.policies.quantisation import Quantisation
 from lightning_modules.policies.text_conditioned import TextConditioned
 from lightning_modules.randomness import randn
@@ -60,6 +61,10 @@ class LatentDiffusion(TextConditioned):
         text_cache: folder of embeddings by caption, filled by ``experiments.encode_prompts``, in place of the text
             encoders, which are freed before anything goes to a GPU. A caption that it lacks ends the run; every caption
             that the config names is in it.
+        compile: compile the denoiser's blocks and the VAE's decoder when they are first called: minutes, once for each
+            shape. What they compute moves by rounding, in sampling and training alike; not with fsdp2.
+        channels_last: hold the denoiser's and the VAE's weights with channels innermost, as a GPU's convolutions want
+            them. What they compute moves by rounding; files and checkpoints hold the same. Not with fsdp2.
 
     Raises:
         ConfigError: missing or damaged weights, a base model of another kind, a VAE with normalisation that is not
@@ -82,6 +87,8 @@ class LatentDiffusion(TextConditioned):
         layout: str | None = None,
         quantisation: Quantisation | None = None,
         text_cache: str | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         if quantisation is not None:
@@ -113,6 +120,14 @@ class LatentDiffusion(TextConditioned):
         adaptation.apply(self)
         if text_cache is not None:
             self.use_texts(resolved_path(text_cache))
+        # Such an attribute is seen by what names pools after the policy.
+        if channels_last:
+            self.channels_last = True
+            for part in (network, self.vae):
+                part.to(memory_format=torch.channels_last)
+        if compile:
+            self.compiled = True
+            compile_parts([*blocks_of(network, self.blocks), self.vae.decoder])
         self.train()
 
     # What a kind of base model has of its own

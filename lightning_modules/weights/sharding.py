@@ -52,9 +52,13 @@ def shard(network: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceM
         network: the one that is called; its weights are the same in all processes.
         blocks: classes of the parts whose weights are gathered and freed on their own.
         mesh: the processes, in one dimension.
+
+    Raises:
+        ConfigError: parts of it are compiled, or weights do not lie row by row.
     """
     if isinstance(network, FSDPModule):
         return
+    _check_plain(network)
     _UNSHARDED[network] = _without_weights(network)
     parts = [part for part in network.modules() if isinstance(part, blocks) and part is not network]
     for part in (*reversed(parts), network):  # what lies within another one first
@@ -63,6 +67,19 @@ def shard(network: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceM
     trains = any(parameter.requires_grad for parameter in network.parameters())
     if not trains and hasattr(network, "reset_iter_state"):  # some 50 bytes a block and pass; older torch has no way
         network.register_forward_hook(_forget_pass)
+
+
+def _check_plain(network: nn.Module) -> None:
+    if any(part._compiled_call_impl is not None for part in network.modules()):
+        raise ConfigError(
+            "trainer.strategy fsdp2: it gathers a block's weights around each call, and model.policy.compile compiles "
+            "past that; set model.policy.compile to false, or use ddp"
+        )
+    if not all(parameter.is_contiguous() for parameter in network.parameters()):
+        raise ConfigError(
+            "trainer.strategy fsdp2: it shares out weights row by row, and with model.policy.channels_last they lie "
+            "otherwise; set model.policy.channels_last to false, or use ddp"
+        )
 
 
 # Sharded network -> what it was before, without its weights: ``fully_shard`` changes classes for good.

@@ -101,9 +101,9 @@ def build(size: Size, folder: Path) -> None:
     CLIPModel(CLIPConfig(**judge)).save_pretrained(folder / "judge")
 
 
-def policy(size: Size, folder: Path, adaptation: Adaptation, device: str) -> LatentDiffusion:
+def policy(size: Size, folder: Path, adaptation: Adaptation, device: str, **options: Any) -> LatentDiffusion:
     kind = StableDiffusionXL if size.sdxl else StableDiffusion
-    return kind(str(folder / "sd"), adaptation).to(device)
+    return kind(str(folder / "sd"), adaptation, **options).to(device)
 
 
 def judge(folder: Path, device: str) -> StepAwarePreferenceModel:

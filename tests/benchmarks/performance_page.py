@@ -20,8 +20,9 @@ def table(rows: dict[str, dict]) -> str:
         low, middle, high = row["ratio"]
         memory = f"; memory {row['memory_ratio']:.2f} of theirs" if "memory_ratio" in row else ""
         seconds = f"{row['peer_seconds'][1]:.3g}, {row['own_seconds'][1]:.3g}"
-        lines.append(f"| {name}{memory} | {row['peer']} | {low:.2f} / **{middle:.2f}** / {high:.2f} | {seconds} | "
-                     f"{conditions(row)} |")  # fmt: skip
+        moves = f"; moves {row['moves']}" if "moves" in row else ""
+        ratio = f"{low:.2f} / **{middle:.2f}** / {high:.2f}"
+        lines.append(f"| {name}{memory}{moves} | {row['peer']} | {ratio} | {seconds} | {conditions(row)} |")
     alone = [(name, row) for name, row in rows.items() if "ratio" not in row]
     if alone:
         lines += ["", "| row | measured: min / median / max | size, rounds, date |", "|---|---|---|"]

@@ -26,6 +26,12 @@ def test_a_row_by_hand():
     assert lines[-1] == "| B | milliseconds 0.5 / 1.25 / 2 | mid, 2, 2026-01-02, CPU |"
 
 
+def test_a_row_says_what_it_moves():
+    row = {"peer": "plain", "ratio": [1, 2, 3], "peer_seconds": [2, 4, 6], "own_seconds": [2, 2, 2], "moves": "nothing",
+           "size": "mid", "rounds": 2, "date": "2026-01-02", "device": "CPU"}  # fmt: skip
+    assert table({"A": row}).splitlines()[2].startswith("| A; moves nothing | plain |")
+
+
 def test_ways_are_timed_in_turn_and_the_first_round_is_left_out():
     now, calls = [0.0], []
 
