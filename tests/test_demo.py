@@ -59,36 +59,31 @@ def last_judged(run):
     return entry["split"], entry["step"], entry["comparisons"]["shapes"]["n"]
 
 
-def test_dpo_draws_trains_judges_and_goes_on_where_it_stopped(tmp_path, capsys, small):
+def names(capsys):
+    return [line.split()[3].removeprefix("experiments.") for line in commands(capsys)]
+
+
+def test_dpo_draws_trains_judges_and_goes_on_where_it_stopped_and_kto_takes_the_same_pictures(tmp_path, capsys, small):
     words = ["--methods", "dpo", "--seeds", "1", "--pairs", "8", *small]
     demo.main(words)
     run = tmp_path / "runs" / "demo-dpo-seed1"
     assert last_judged(run) == ("test", 2, 4)
     assert (run / "export").is_dir()
-    assert [line.split()[3].removeprefix("experiments.") for line in commands(capsys)] == [
-        "prepare_feedback",
-        "prepare_pickapic",
-        "run",
-        "run",
-    ]
+    assert names(capsys) == ["prepare_feedback", "prepare_pickapic", "run", "run"]
     demo.main(words)
-    assert len(commands(capsys)) == 2
-
-
-def test_kto_learns_from_the_same_pictures_one_by_one(tmp_path, capsys, small):
-    demo.main(["--methods", "dmpo", "kto", "--pairs", "8", *small])
-    assert last_judged(tmp_path / "runs" / "demo-kto-seed42") == ("test", 2, 4)
-    names = [line.split()[3].removeprefix("experiments.") for line in commands(capsys)]
-    assert names == ["prepare_feedback", "prepare_pickapic", "prepare_pictures", "run", "run", "run", "run", "compare"]
+    assert names(capsys) == ["run", "run"]
+    demo.main(["--methods", "dpo", "kto", "--seeds", "1", *small])  # one by one, and nothing is drawn again
+    assert last_judged(tmp_path / "runs" / "demo-kto-seed1") == ("test", 2, 4)
+    assert names(capsys) == ["prepare_pictures", "run", "run", "run", "run", "compare"]
 
 
 def test_spo_and_its_control_learn_from_pools_and_are_compared(tmp_path, capsys, small):
     demo.main(["--methods", "spo", "shuffled", *small, "--config", str(tmp_path / "pools.yaml")])
-    names = ["demo-spo-seed42", "demo-shuffled-seed42"]
-    assert [last_judged(tmp_path / "runs" / name) for name in names] == [("test", 2, 4)] * 2
+    folders = ["demo-spo-seed42", "demo-shuffled-seed42"]
+    assert [last_judged(tmp_path / "runs" / name) for name in folders] == [("test", 2, 4)] * 2
     assert len(commands(capsys)) == 5
     assert (tmp_path / "runs" / "demo-comparison" / "index.html").is_file()
-    costs = [json.loads((tmp_path / "runs" / name / "cost.json").read_text())[-1] for name in names]
+    costs = [json.loads((tmp_path / "runs" / name / "cost.json").read_text())[-1] for name in folders]
     assert costs[0]["drawn_pictures"] == costs[1]["drawn_pictures"] > 0  # the control judges too
 
 

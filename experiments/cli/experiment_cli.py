@@ -80,7 +80,7 @@ class SaveRunConfig(SaveConfigCallback):
         # Where this process started, and what it was allowed, are no settings of the experiment.
         config["ckpt_path"] = config["run_dir"] = config["trainer"]["default_root_dir"] = None
         config["allow_changes"] = False
-        text = self.parser.dump(config, skip_none=False)
+        text = self.parser.dump(config, skip_none=False, skip_validation=True)
         save_settings(
             Path(trainer.default_root_dir),
             text,
@@ -163,7 +163,10 @@ class ExperimentCLI(LightningCLI):
             before = _parsed(parser, _as_config({**saved.tree, "run_dir": str(self.start.run_dir)}))
         except ConfigError as error:
             raise ConfigError(f"{saved.file}: {error}") from error
-        old, new = (flat(yaml.safe_load(parser.dump(config, skip_none=False))) for config in (before, self.config))
+        old, new = (
+            flat(yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True)))
+            for config in (before, self.config)
+        )
         follow = references(saved.tree).items() & self.start.references.items()
         changed = changes(old, new)
         held = [change for change in changed if saved.holds(change) and change.key not in dict(follow)]
