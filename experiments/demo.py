@@ -25,13 +25,14 @@ from lightning_modules.files import resolved_path
 # Settings as docs/results.md says they were chosen, where it does.
 METHODS = {
     "dpo": "--config dpo_tiny",
-    "ipo": "--config dpo_tiny --model.objective=IPO",
+    "ipo": "--config dpo_tiny --model.objective=IPO --model.objective.tau=500",
     "dmpo": "--config dpo_tiny --model.objective=DMPO --model.objective.beta=1000",
     "dspo": "--config dpo_tiny --model.objective=DSPO",
     "sdpo": "--config dpo_tiny --model.objective=Safeguard --model.objective.objective=DPO"
     " --model.objective.objective.beta=1000 --model.objective.mu=0.2",
     "mapo": "--config dpo_tiny --model.objective=MaPO",
-    "automatic_beta": "--config dpo_tiny --model.objective=AutomaticBeta --model.objective.objective=DPO",
+    "automatic_beta": "--config dpo_tiny --model.objective=AutomaticBeta --model.objective.objective=DPO"
+    " --model.objective.highest=8",
     "sft": "--config dpo_tiny --config sft",
     "dpo_flow": "--config dpo_flow_tiny",
     "kto": "--config kto_tiny",
