@@ -65,19 +65,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     for word in args.only or ():
         if word not in variants:
             raise ConfigError(f"--only {word!r}{nearest(word, variants)}: {name} has {', '.join(variants)}")
+    check_words("the command line", overrides)
     trials = [
-        Trial(label, args.runs / f"ablation-{name}-{_slug(label)}-seed{seed}", (*words, f"--seed_everything={seed}"))
+        Trial(
+            label,
+            args.runs / f"ablation-{name}-{_slug(label)}-seed{seed}",
+            (*words, f"--seed_everything={seed}", *overrides),
+        )
         for label, words in variants.items()
         if label in (args.only or variants)
         for seed in args.seeds
     ]
-    trials = [Trial(trial.label, trial.folder, (*trial.words, *overrides)) for trial in trials]
     if args.print:
         for trial in trials:
             lines = (f"python -m experiments.run {shlex.join(words)}" for words in trial.commands)
             print(" && ".join(lines))
         return
     train_and_compare(trials, args.runs / f"ablation-{name}")
+
+
+def check_words(where: str, words: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: a word that would make seeds alike, or put runs elsewhere than where they are looked for.
+    """
+    for word in words:
+        if word.split("=")[0] in ("--run_dir", "--seed_everything", "--ckpt_path", "--resume"):
+            raise ConfigError(f"{where} gives {word.split('=')[0]}, which this command sets itself; leave it out")
 
 
 def train_and_compare(trials: Sequence[Trial], output: Path) -> None:
@@ -149,9 +163,7 @@ def _words(path: Path, key: str, text: Any) -> tuple[str, ...]:
         words = tuple(shlex.split(text))
     except ValueError as error:
         raise ConfigError(f"ablation {path}: {key!r} cannot be split into words ({error})") from error
-    for word in words:
-        if word.split("=")[0] in ("--run_dir", "--seed_everything", "--ckpt_path", "--resume"):
-            raise ConfigError(f"ablation {path}: {key!r} gives {word.split('=')[0]}, which this command sets itself")
+    check_words(f"ablation {path}: {key!r}", words)
     return words
 
 

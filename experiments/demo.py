@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import prepare_feedback, prepare_pickapic, prepare_pictures
-from experiments.ablate import Trial, show, train_and_compare
+from experiments.ablate import Trial, check_words, show, train_and_compare
 from experiments.cli.command import run_command
 from lightning_modules.files import resolved_path
 
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=resolved_path, default="runs", help="Folder for the runs (%(default)s).")
     parser.add_argument("--pairs", type=int, default=768, help="Pairs of the base's pictures to draw (%(default)s).")
     args, overrides = parser.parse_known_args(argv)
+    check_words("the command line", overrides)
     trials = []
     for method in args.methods:
         words = shlex.split(METHODS[method])

@@ -91,10 +91,15 @@ def test_a_file_that_says_something_else_is_refused_in_one_line(tmp_path, called
     ("words", "message"),
     [
         (["spo_tny"], r"ablation 'spo_tny' \(did you mean 'spo_tiny'\?\): no file, and none of spo_tiny"),
+        (
+            ["spo_tiny", "--seed_everything=9"],
+            "the command line gives --seed_everything, which this command sets itself",
+        ),
+        (["spo_tiny", "--run_dir", "x"], "the command line gives --run_dir, which this command sets itself"),
         (["spo_tiny", "--only", "SPo"], r"--only 'SPo' \(did you mean 'SPO'\?\): spo_tiny has SPO, "),
     ],
 )
-def test_a_name_that_there_is_not_gets_a_suggestion(called, words, message):
+def test_words_that_cannot_be_meant_are_refused_before_anything_runs(called, words, message):
     with pytest.raises(ConfigError, match=message):
         ablate.main(words)
     assert called == []

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from experiments import demo, run
+from lightning_modules.errors import ConfigError
 
 SMALL = """
 trainer:
@@ -85,6 +86,11 @@ def test_spo_and_its_control_learn_from_pools_and_are_compared(tmp_path, capsys,
     assert (tmp_path / "runs" / "demo-comparison" / "index.html").is_file()
     costs = [json.loads((tmp_path / "runs" / name / "cost.json").read_text())[-1] for name in folders]
     assert costs[0]["drawn_pictures"] == costs[1]["drawn_pictures"] > 0  # the control judges too
+
+
+def test_a_seed_among_the_settings_is_refused(small):
+    with pytest.raises(ConfigError, match="the command line gives --seed_everything, which this command sets itself"):
+        demo.main([*small, "--seed_everything=9"])
 
 
 @pytest.mark.parametrize("method", demo.METHODS)
