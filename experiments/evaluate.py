@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> Evaluation:
     check(protocol)
     folder = options.output
     job = make_job(folder, protocol, texts, options.policy, options.baseline, options.base)
+    for note in (note for entry in job.entries for note in entry.source.notes()):
+        Work.write(note)
     with locked_folder(folder, "wait for it, or name another --output"):
         evaluation = _evaluated(job, options.workers)
         _tell(evaluation, folder)

@@ -236,7 +236,12 @@ class TestRuns:
                 "quantisation": {"class_path": "lightning_modules.policies.Fp8Casting"},
             },
         }
-        policy = PolicySource("run", json.dumps(settings)).load("fp32")
+        source = PolicySource("run", json.dumps(settings))
+        told = "policy run: trained beside a base quantised by Fp8Casting, and drawn on the base as it is published"
+        assert source.notes() == [told]
+        del settings["init_args"]["quantisation"]
+        assert PolicySource("run", json.dumps(settings)).notes() == []
+        policy = source.load("fp32")
         assert {parameter.dtype for parameter in policy.denoiser.parameters()} == {torch.float32}
         plain = StableDiffusion(str(pipelines / "tiny-sd15"), LoRA())
         with torch.no_grad():

@@ -63,6 +63,16 @@ class PolicySource:
         files += [] if self.overlay is None else [file for place in self.overlay.places() for file in _weights(place)]
         return {"base": settings, "files": [_stamp(file) for file in files]}
 
+    def notes(self) -> list[str]:
+        """In what it is drawn otherwise than it was trained; one line each."""
+        held = json.loads(self.base)["init_args"].get("quantisation")
+        if held is None:
+            return []
+        kind = held["class_path"].rsplit(".", 1)[-1]
+        return [
+            f"policy {self.word}: trained beside a base quantised by {kind}, and drawn on the base as it is published"
+        ]
+
     def load(self, dtype: str) -> DiffusionPolicy:
         """The policy on this process's device, in eval mode, frozen, its denoiser in ``dtype``: "fp32", "bf16", "fp16".
 
