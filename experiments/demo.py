@@ -3,11 +3,12 @@
     python -m experiments.demo
     python -m experiments.demo --methods dpo spo shuffled --seeds 0 1 2
 
-What ``make demo`` runs is SPO, with the step-aware preference model that ships; ``shuffled`` is its control, the
-judge's scores shuffled; ``d3po``, ``lpo`` and ``spo_flow`` draw their own pictures, too. The others learn from pictures
-that the base draws first and the exact reward orders: ``kto`` from single ones, the rest from pairs. Every step is a
-command of its own, printed before it runs; a second call resumes where the first one stopped. Several runs are compared
-at the end. Further ``--key=value`` settings go to every training, as with ``experiments.run``.
+What ``make demo`` runs is SPO, with the step-aware preference model that ships; ``d3po``, ``lpo`` and ``spo_flow`` draw
+their own pictures, too. The others learn from pictures that the base draws first and the exact reward orders: ``kto``
+from single ones, the rest from pairs. What ends in ``shuffled`` is a control: the judge's scores dealt at random
+(``shuffled`` is SPO's), or pairs ordered at random, anew for every seed. Every step is a command of its own, printed
+before it runs; a second call resumes where the first one stopped. Several runs are compared at the end. Further
+``--key=value`` settings go to every training, as with ``experiments.run``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import prepare_feedback, prepare_pickapic, prepare_pictures
+from experiments import prepare_feedback, prepare_pickapic, prepare_pictures, relabel
 from experiments.ablate import Trial, check_words, show, train_and_compare
 from experiments.cli.command import run_command
 from lightning_modules.files import resolved_path
@@ -35,12 +36,16 @@ METHODS = {
     " --model.objective.highest=8",
     "sft": "--config dpo_tiny --config sft",
     "dpo_flow": "--config dpo_flow_tiny",
+    "dpo_shuffled": "--config dpo_tiny",
+    "dpo_flow_shuffled": "--config dpo_flow_tiny",
     "kto": "--config kto_tiny",
     "d3po": "--config d3po_tiny",
     "lpo": "--config lpo_tiny",
     "spo": "--config spo_tiny",
     "spo_flow": "--config spo_flow_tiny",
     "shuffled": "--config spo_tiny --config spo_tiny_shuffled",
+    "spo_flow_shuffled": "--config spo_flow_tiny --data.scorer=ShuffledScorer --data.scorer.scorer=RewardScorer"
+    " --data.scorer.scorer.reward=ShapesReward --data.scorer.scorer.scale=8.0",
 }
 ON_PICTURES = list(METHODS)[: list(METHODS).index("d3po")]
 
@@ -60,29 +65,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_words("the command line", overrides)
     trials = []
     for method in args.methods:
-        words = shlex.split(METHODS[method])
-        if method in ON_PICTURES:
-            words += _pictures(args.data, args.pairs, single=method == "kto")
         for seed in args.seeds:
-            folder = args.runs / f"demo-{method}-seed{seed}"
-            trials.append(Trial(method, folder, (*words, f"--seed_everything={seed}", *overrides)))
+            words = [*shlex.split(METHODS[method]), f"--seed_everything={seed}", *overrides]
+            if method in ON_PICTURES:
+                words += _pictures(args.data / "shapes", args.pairs, method, seed)
+            trials.append(Trial(method, args.runs / f"demo-{method}-seed{seed}", tuple(words)))
     train_and_compare(trials, args.runs / "demo-comparison")
 
 
-def _pictures(data: Path, number: int, *, single: bool) -> list[str]:
-    """The settings that name the base's pictures, in pairs or single; what is not there yet is drawn and prepared."""
-    drawn, pairs, pictures = (data / "shapes" / name for name in ("feedback", "feedback-pairs", "feedback-pictures"))
-    if not (pairs / "manifest.json").exists():
+def _pictures(data: Path, number: int, method: str, seed: int) -> list[str]:
+    """The settings that name what a method learns from; what is not there yet is drawn and prepared."""
+    pairs = data / "feedback-pairs"
+    if not _prepared(pairs):
         feedback = ["--config", "dpo_tiny", "--prompts", "embedded/prompts/shapes_train.txt"]
-        feedback += ["--reward", "ShapesReward", "--sampler.guidance_scale=2", "--candidates=4"]
-        show(prepare_feedback.main, "prepare_feedback", *feedback, f"--pairs={number}", f"--output={drawn}")
-        show(prepare_pickapic.main, "prepare_pickapic", "--input", drawn, "--output", pairs)
-    if not single:
+        feedback += ["--reward", "ShapesReward", "--sampler.guidance_scale=2", "--candidates=4", f"--pairs={number}"]
+        show(prepare_feedback.main, "prepare_feedback", *feedback, f"--output={data / 'feedback'}")
+        show(prepare_pickapic.main, "prepare_pickapic", "--input", data / "feedback", "--output", pairs)
+    if method == "kto":
+        return _single_pictures(pairs, data / "feedback-pictures")
+    if not method.endswith("shuffled"):
         return [f"--data.shards={pairs}"]
-    sides = [pictures / side for side in prepare_pictures.SIDES]
-    if not all((side / "manifest.json").exists() for side in sides):
-        show(prepare_pictures.main, "prepare_pictures", "--input", pairs, "--output", pictures)
+    shuffled = data / f"feedback-shuffled-seed{seed}"
+    if not _prepared(shuffled):
+        coin = ["--reward=RandomReward", f"--reward.seed={seed}"]
+        show(relabel.main, "relabel", "--shards", pairs, *coin, "--output", shuffled)
+    return [f"--data.shards={shuffled}"]
+
+
+def _single_pictures(pairs: Path, folder: Path) -> list[str]:
+    sides = [folder / side for side in prepare_pictures.SIDES]
+    if not all(map(_prepared, sides)):
+        show(prepare_pictures.main, "prepare_pictures", "--input", pairs, "--output", folder)
     return [f"--data.{side.name}={side}" for side in sides]
+
+
+def _prepared(folder: Path) -> bool:
+    return (folder / "manifest.json").exists()
 
 
 if __name__ == "__main__":

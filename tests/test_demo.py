@@ -76,6 +76,17 @@ def test_dpo_draws_trains_judges_and_goes_on_where_it_stopped_and_kto_takes_the_
     demo.main(["--methods", "dpo", "kto", "--seeds", "1", *small])  # one by one, and nothing is drawn again
     assert last_judged(tmp_path / "runs" / "demo-kto-seed1") == ("test", 2, 4)
     assert names(capsys) == ["prepare_pictures", "run", "run", "run", "run", "compare"]
+    demo.main(["--methods", "dpo_shuffled", "--seeds", "1", *small])  # as many pairs, ordered by a coin of that seed
+    assert names(capsys) == ["relabel", "run", "run"]
+    pairs, shuffled = (
+        json.loads((tmp_path / "data" / "shapes" / name / "manifest.json").read_text())
+        for name in ("feedback-pairs", "feedback-shuffled-seed1")
+    )
+    assert pairs["counts"]["pairs"] == shuffled["counts"]["pairs"] == 8
+    assert (shuffled["settings"]["reward"]["name"], shuffled["settings"]["reward"]["seed"]) == ("random", 1)
+    assert pairs["shards"][0]["digest"] != shuffled["shards"][0]["digest"]
+    taught = yaml.safe_load((tmp_path / "runs" / "demo-dpo_shuffled-seed1" / "config.yaml").read_text())["data"]
+    assert taught["init_args"]["shards"].endswith("feedback-shuffled-seed1")
 
 
 def test_spo_and_its_control_learn_from_pools_and_are_compared(tmp_path, capsys, small):
@@ -100,5 +111,6 @@ def test_every_methods_settings_are_a_config(method, capsys):
     assert ended.value.code in (0, None)
     objective = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["objective"]["class_path"]
     others = {**dict.fromkeys(("shuffled", "d3po", "lpo"), "SPO"), "sdpo": "Safeguard"}
+    method = method if method == "shuffled" else method.removesuffix("_shuffled")
     expected = others.get(method, method.removesuffix("_flow").replace("_", ""))
     assert objective.split(".")[-1].lower() == expected.lower()

@@ -12,7 +12,7 @@ from callbacks.win_rate import WinRate
 from experiments.cli.experiment_cli import OneLineParser
 from lightning_modules.errors import ConfigError
 from lightning_modules.preference import RewardLabels
-from lightning_modules.rewards import FunctionReward, Reward, RewardModel, as_reward_model
+from lightning_modules.rewards import FunctionReward, RandomReward, Reward, RewardModel, as_reward_model
 from lightning_modules.rewards import base as rewards_base
 from lightning_modules.sampling.step_scorers import RewardScorer, StepScorer
 
@@ -141,6 +141,24 @@ def test_no_more_texts_are_kept_than_have_room(reward, monkeypatch):
     reward.score(IMAGES, ["a", "b", "c"])
     reward.score(IMAGES, ["c", "b", "a"])
     assert reward.encoded == ["a", "b", "c", "a"]
+
+
+# The control
+
+
+def test_random_scores_belong_to_a_picture_and_a_seed_and_know_nothing_of_it():
+    many = torch.randint(256, (400, 3, 2, 2), generator=torch.Generator().manual_seed(1)) / 255
+    prompts = ["one"] * 400
+    scores = RandomReward(seed=3).score(many, prompts)
+    again = RandomReward(seed=3).score(many.flip(0) + 1e-4, ["another"] * 400).flip(0)  # the same as eight bits
+    assert torch.equal(scores, again)
+    other = RandomReward(seed=4).score(many, prompts)
+    brightness_of = many.mean(dim=(1, 2, 3))
+    for one, another in ((scores, other), (scores, brightness_of)):
+        assert abs(torch.corrcoef(torch.stack([one, another]))[0, 1]) < 0.15  # 3 standard errors of 400
+    assert 0 <= scores.min() < 0.05
+    assert 0.95 < scores.max() < 1
+    assert RandomReward(seed=3).described()["seed"] == 3  # so that relabelled folders of other seeds are others
 
 
 # Functions

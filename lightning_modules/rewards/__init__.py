@@ -2,6 +2,7 @@
 
 from lightning_modules.rewards.aesthetic import AestheticPredictor
 from lightning_modules.rewards.base import RewardModel
+from lightning_modules.rewards.chance import RandomReward
 from lightning_modules.rewards.function import FunctionReward, Reward, as_reward_model
 from lightning_modules.rewards.latent import LatentRewardModel
 from lightning_modules.rewards.pickscore import PickScore
@@ -12,6 +13,7 @@ __all__ = [
     "FunctionReward",
     "LatentRewardModel",
     "PickScore",
+    "RandomReward",
     "Reward",
     "RewardModel",
     "StepAwarePreferenceModel",
