@@ -51,7 +51,7 @@ def test_predictions_pictures_and_gradients_are_equal_within_rounding(pipelines,
         latents = query(policy).latents
         pictures = policy.decode(latents), policy.encode_images(policy.decode(latents) * 2 - 1)
         found.append([noise.detach(), pictures, [parameter.grad for parameter in trained_parameters(policy)]])
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=3e-5)
 
 
 def test_exported_weights_and_names_are_those_of_the_plain_policy(pipelines, tmp_path):
@@ -88,7 +88,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_either_layout(pipelines, tmp_path, r
 
     run("stopped", 2, channels_last=not resumed)
     found, plain = run("stopped", 4, channels_last=resumed), run("plain", 4, channels_last=False)
-    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
 
 
 def fused_adamw(parameters):
