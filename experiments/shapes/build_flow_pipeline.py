@@ -1,17 +1,18 @@
-r"""Makes the embedded flow world's pipeline folder: a Stable Diffusion 3 of shapes, to train from or of trained parts.
+r"""Makes the embedded flow world's pipeline folder: a Stable Diffusion 3 of shapes, to train from or to ship.
+
+Retraining it from scratch, 66 minutes on 2 cores beside other work:
 
     python -m experiments.shapes.build_flow_pipeline --output runs/shapes_flow
     python -m experiments.run --config pretrain_shapes_flow
     python -m experiments.shapes.build_flow_pipeline --output runs/flow_trained \
-        --trained runs/pretrain_shapes_flow/export/step=0012000
+        --trained runs/shapes_flow runs/pretrain_shapes_flow/export/step=0011000
 
-Autoencoder and first text encoder are the embedded Stable Diffusion's, trained; the second CLIP and T5 keep their random
-weights, which tell the grammar's words apart well enough. Only the transformer learns.
+Autoencoder and first text encoder are the embedded Stable Diffusion's, trained. The second CLIP and T5 keep their
+random weights. Only the transformer learns.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,23 @@ from transformers import (
 )
 
 from experiments.cli.command import run_command
-from experiments.shapes.build_pipeline import TOKENS, words
-from lightning_modules.errors import ConfigError
-from lightning_modules.files import atomic_folder
+from experiments.shapes.build_pipeline import TOKENS, make, words
+from lightning_modules.shapes.world import SIDE
 from lightning_modules.weights.pretrained import Pretrained
 
-BESIDE = 16  # width of the second CLIP
+SECOND = 16  # width of the second CLIP
 HEADS, HEAD = 4, 32  # of the transformer
+CELLS = SIDE // 4  # along one side of the latents
+NETWORKS = {
+    "vae": AutoencoderKL,
+    "transformer": SD3Transformer2DModel,
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder_3": T5EncoderModel,
+}
 
 
-def text_encoder(pipeline: Pretrained) -> CLIPTextModelWithProjection:
+def first_text_encoder(pipeline: Pretrained) -> CLIPTextModelWithProjection:
     """The trained CLIP, whose pooled embedding is passed on as it is."""
     trained: Any = pipeline.component("text_encoder").load_model(CLIPTextModel, torch.float32)
     settings = trained.config.to_dict() | {"projection_dim": trained.config.hidden_size}
@@ -58,9 +66,9 @@ def second_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=BESIDE,
-            intermediate_size=2 * BESIDE,
-            projection_dim=BESIDE,
+            hidden_size=SECOND,
+            intermediate_size=2 * SECOND,
+            projection_dim=SECOND,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=TOKENS,
@@ -79,27 +87,34 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=TOKENS)
 
 
-def build(folder: Path, source: str, seed: int, trained: str | None) -> None:
-    """Writes a pipeline of plain diffusers' classes: in fp32 to train from, or the networks that learned in fp16.
+def third_text_encoder(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_kv=16,
+            d_ff=width,
+            num_layers=1,
+            num_heads=4,
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    )
 
-    Raises:
-        ConfigError: ``trained`` holds no transformer of this kind.
-    """
-    pipeline = Pretrained.find(source)
+
+def build(folder: Path, seed: int) -> None:
+    """Writes a Stable Diffusion 3 pipeline of plain diffusers' classes, in fp32; its transformer is random."""
+    pipeline = Pretrained.find("embedded/shapes")
     tokenizer: Any = pipeline.component("tokenizer").load(CLIPTokenizer.from_pretrained, kind="tokenizer")
-    first = text_encoder(pipeline)
+    vae: Any = pipeline.component("vae").load_model(AutoencoderKL, torch.float32)
+    vae.register_to_config(shift_factor=0.0)  # the pipeline adds it
+    first = first_text_encoder(pipeline)
     torch.manual_seed(seed)
     second, words_of_t5 = second_text_encoder(tokenizer), t5_tokenizer()
-    width = first.config.hidden_size + BESIDE
-    t5 = T5EncoderModel(
-        T5Config(vocab_size=len(words_of_t5), d_model=width, d_kv=16, d_ff=width, num_layers=1, num_heads=4,
-                 is_encoder_decoder=False, use_cache=False)
-    )  # fmt: skip
-    dtype = torch.float16 if trained else torch.float32
-    vae: Any = pipeline.component("vae").load_model(AutoencoderKL, dtype)
-    vae.register_to_config(shift_factor=0.0)
+    width = first.config.hidden_size + SECOND
+    third = third_text_encoder(words_of_t5, width)
     transformer: Any = SD3Transformer2DModel(
-        sample_size=vae.config.sample_size // 4,
+        sample_size=CELLS,
         patch_size=2,
         in_channels=vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
@@ -109,11 +124,9 @@ def build(folder: Path, source: str, seed: int, trained: str | None) -> None:
         caption_projection_dim=HEADS * HEAD,
         joint_attention_dim=width,
         pooled_projection_dim=width,
-        pos_embed_max_size=vae.config.sample_size // 8,
+        pos_embed_max_size=CELLS // 2,
         qk_norm="rms_norm",
     )
-    if trained:
-        transformer = Pretrained.find(trained).component("transformer").load_model(SD3Transformer2DModel, dtype)
     whole: Any = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
@@ -122,27 +135,14 @@ def build(folder: Path, source: str, seed: int, trained: str | None) -> None:
         tokenizer=tokenizer,
         text_encoder_2=second,
         tokenizer_2=tokenizer,
-        text_encoder_3=t5,
+        text_encoder_3=third,
         tokenizer_3=words_of_t5,
     )
     whole.save_pretrained(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.shapes.build_flow_pipeline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--pipeline", default="embedded/shapes", help="whose autoencoder and words (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights (%(default)s)")
-    parser.add_argument("--trained", help="folder with the transformer that was trained, instead of a random one")
-    options = parser.parse_args(argv)
-    if options.output.exists():
-        raise ConfigError(f"{options.output} exists already: name a new folder, or delete it first")
-    with atomic_folder(options.output) as unfinished:
-        build(unfinished, options.pipeline, options.seed, options.trained)
+    make(argv, __doc__, build, NETWORKS)
 
 
 if __name__ == "__main__":
