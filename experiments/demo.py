@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flows = [method for method in args.methods if "flow" in method]
     if 0 < len(flows) < len(args.methods):
         raise ConfigError(
-            f"--methods: {', '.join(flows)} start from the base as a flow, which draws other pictures, and runs of both "
+            f"--methods: {', '.join(flows)} start from the base as a flow, which draws other pictures: runs of both "
             "cannot be compared; call the demo for flows and for the others"
         )
     trials = []
