@@ -21,6 +21,7 @@ from pathlib import Path
 from experiments import prepare_feedback, prepare_pickapic, prepare_pictures, relabel
 from experiments.ablate import Trial, check_words, show, train_and_compare
 from experiments.cli.command import run_command
+from lightning_modules.errors import ConfigError
 from lightning_modules.files import resolved_path
 
 # Settings as docs/results.md says they were chosen, where it does.
@@ -63,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=768, help="Pairs of the base's pictures to draw (%(default)s).")
     args, overrides = parser.parse_known_args(argv)
     check_words("the command line", overrides)
+    flows = [method for method in args.methods if "flow" in method]
+    if 0 < len(flows) < len(args.methods):
+        raise ConfigError(
+            f"--methods: {', '.join(flows)} start from the base as a flow, which draws other pictures: runs of both "
+            "cannot be compared; call the demo for flows and for the others"
+        )
     trials = []
     for method in args.methods:
         for seed in args.seeds:

@@ -13,39 +13,30 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jsonargparse import Namespace
-from rich.console import Console
 
 from callbacks.evaluation.pictures import PictureRequest, draw
 from callbacks.evaluation.scores import score_rows
 from datamodules.pools.fingerprint import fingerprint
 from datamodules.prompts import prompt_texts
-from datamodules.shards.json_files import read_json, write_json
 from experiments.cli.command import run_command
 from experiments.cli.compose import import_named
 from experiments.cli.configured_policy import load_policy
 from experiments.cli.experiment_cli import OneLineParser
 from experiments.cli.setting_errors import one_line
-from experiments.preparation.pickapic_schema import SCHEMA, pair_row
+from experiments.preparation.parts import write_parts
+from experiments.preparation.pickapic_schema import label_of, pair_row
 from lightning_modules.errors import ConfigError
-from lightning_modules.files import atomic_file, clear_unfinished, resolved_path
-from lightning_modules.folder_lock import holds_nothing, locked_folder
+from lightning_modules.files import resolved_path
+from lightning_modules.folder_lock import locked_folder
 from lightning_modules.policies.base import DiffusionPolicy
-from lightning_modules.progress import Work
 from lightning_modules.randomness import derive_seed
 from lightning_modules.rewards.base import RewardModel
 from lightning_modules.rewards.function import Reward, as_reward_model
 from lightning_modules.sampling.eight_bit import eight_bit
 from lightning_modules.sampling.pictures import Sampler
-from lightning_modules.terminal import literal
-
-PART = 256  # pairs per parquet file
 
 
 def draw_pairs(
@@ -69,8 +60,8 @@ def draw_pairs(
         chosen = [int(values.argmax()), int(values.argmin())] if values.max() > values.min() else [0, 1]
         if derive_seed(settings.seed, "feedback order", number) % 2:
             chosen.reverse()  # so that nothing can be learnt from which picture comes first
-        both = (candidates[chosen], values[chosen].tolist())
-        rows.append(pair_row(number, settings.seed, caption, *both, settings.tie, examples[caption], reward.name))
+        label, made_by = label_of(values[chosen].tolist(), settings.tie), (reward.name, reward.name)
+        rows.append(pair_row(number, settings.seed, caption, candidates[chosen], label, examples[caption], made_by))
     return rows
 
 
@@ -89,50 +80,13 @@ def prepare(settings: Namespace) -> None:
            "candidates": settings.candidates, "prompts": derive_seed(*prompts), "sampler": repr(settings.sampler),
            "reward": type(reward).__name__, "reward's weights": fingerprint(reward, frozen_in_full=True),
            "policy's weights": fingerprint(policy, frozen_in_full=True)}  # fmt: skip
-    _begin(folder, job)
-    parts = range(0, settings.pairs, PART)
-    missing = {}
-    for first in parts:
-        path = folder / f"train-{first // PART:05d}-of-{len(parts):05d}.parquet"
-        pairs = range(first, min(first + PART, settings.pairs))
-        if not _is_complete(path, len(pairs)):
-            missing[path] = pairs
-    done = settings.pairs - sum(map(len, missing.values()))
-    with Work("drawing and scoring pair", settings.pairs, done=done, first_line=True, keep=True) as work:
-        for path, pairs in missing.items():
-            rows = []
-            for start in range(0, len(pairs), settings.batch_size):
-                numbers = pairs[start : start + settings.batch_size]
-                rows += draw_pairs(policy, reward, prompts, numbers, settings)
-                work.advance(len(numbers))
-            with atomic_file(path) as file:
-                pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
-
-
-def _begin(folder: Path, job: dict[str, Any]) -> None:
-    """Make the folder this job's, or check that it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    clear_unfinished(folder)
-    if (folder / "job.json").exists():
-        before = read_json(folder / "job.json")
-        differ = [name for name in job if before.get(name) != job[name]]
-        if differ:
-            raise ConfigError(
-                f"{folder} was begun with other settings ({', '.join(differ)}; its job.json); name a new --output"
-            )
-    elif not holds_nothing(folder):
-        raise ConfigError(f"{folder} holds other files; name a new --output")
-    else:
-        write_json(folder / "job.json", job)
-
-
-def _is_complete(path: Path, rows: int) -> bool:
-    """Whether a part is there, with all its rows; one that was cut off since is made again."""
-    try:
-        return path.exists() and pq.read_metadata(path).num_rows == rows
-    except (OSError, pa.ArrowException):
-        Console().print(literal(f"{path} is damaged and made again"), soft_wrap=True)
-        return False
+    write_parts(
+        folder,
+        job,
+        settings.pairs,
+        settings.batch_size,
+        lambda numbers: draw_pairs(policy, reward, prompts, numbers, settings),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

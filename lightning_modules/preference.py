@@ -4,10 +4,11 @@ timestep?"""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.preference_loss import agreement, labels_from_scores, of_all_ranks, preference_loss
 from lightning_modules.preference_views import DecodedPrediction, View
 from lightning_modules.randomness import randint, randn
-from lightning_modules.rewards.base import PreferenceModel, ReadPrompts
+from lightning_modules.rewards.base import PreferenceModel, ReadPrompts, StepRewardModel
 from lightning_modules.rewards.function import Reward, as_reward_model
 from lightning_modules.training import TrainingModule
 
@@ -89,8 +90,9 @@ class StepAwarePreferenceModule(TrainingModule):
         vae_batch_size: pictures that go through the VAE at a time, to bound its memory.
         seed: the run's seed; the YAMLs set it to ``${seed_everything}``.
         sees: what of the noised pictures the preference model judges.
-        sampler_steps: t is drawn from the timesteps of a sampler with as many steps, LPO's 20: 951, 901, ..., 1. None
-            draws from all, SPO's.
+        sampler_steps: t is drawn from the timesteps of a sampler with as many steps, LPO's 20: 951, 901, ..., 1, but
+            for one of pure noise, as a flow starts with. None draws as the policy's training would: from all alike,
+            SPO's, or as a flow's ``policy.levels`` says, which ``Uniform`` makes SPO's.
         independent_noise: each picture of a pair has noise of its own, LPO's; SPO gives both the same.
 
     Raises:
@@ -123,8 +125,9 @@ class StepAwarePreferenceModule(TrainingModule):
                 f"model wants guidance_scale and vae_batch_size >= 1, got {guidance_scale} and {vae_batch_size}"
             )
         sees.check(policy, preference)
-        steps = range(total) if sampler_steps is None else policy.schedule.trajectory(sampler_steps)
-        self.candidates = torch.tensor([step if isinstance(step, int) else step.timestep for step in steps])
+        if isinstance(preference, StepRewardModel):
+            preference.learned_kind = policy.schedule.kind
+        self.candidates = None if sampler_steps is None else noisy_starts(policy, sampler_steps)
         self.policy = policy.requires_grad_(False)
         self.preference = preference.requires_grad_(True)
         self.labels, self.sees, self.guidance_scale = labels, sees, guidance_scale
@@ -141,8 +144,7 @@ class StepAwarePreferenceModule(TrainingModule):
 
     def training_step(self, batch: PreferencePairs, batch_idx: int) -> Tensor:
         latents, noise = self._latents(batch, "train")
-        drawn = randint(len(self.candidates), self._generators(batch, "timestep"))
-        timesteps = self.candidates[drawn].to(self.device)
+        timesteps = self._timesteps(self._generators(batch, "timestep")).to(self.device)
         seen = self.view(latents, noise, timesteps, self._conditioning(batch))
         labels, prompts = self.labels(batch), self.preference.read_prompts(batch.prompts)
         loss, metrics = self._judge(seen, prompts, timesteps, labels, batch.weights)
@@ -163,6 +165,12 @@ class StepAwarePreferenceModule(TrainingModule):
         means = {name: torch.stack([metrics[name] for metrics in found]).mean() for name in found[0]}
         self._means["val"].add(means, len(batch))
 
+    def _timesteps(self, generators: Sequence[torch.Generator]) -> Real[Tensor, " b"]:
+        """Entry i is drawn from generator i alone."""
+        if self.candidates is None:
+            return self.policy.schedule.draw(generators)
+        return self.candidates[randint(len(self.candidates), generators)]
+
     # Pictures
 
     @torch.no_grad()
@@ -170,7 +178,7 @@ class StepAwarePreferenceModule(TrainingModule):
         self,
         latents: Float[Tensor, "n c h w"],
         noise: Float[Tensor, "n c h w"],
-        timesteps: Int[Tensor, " b"],
+        timesteps: Real[Tensor, " b"],
         cond: Conditioning | None,
     ) -> Float[Tensor, "n ..."]:
         """What the preference model sees of the pictures, each noised to its pair's timestep.
@@ -222,7 +230,7 @@ class StepAwarePreferenceModule(TrainingModule):
         self,
         seen: Float[Tensor, "n ..."],
         prompts: ReadPrompts,
-        timesteps: Int[Tensor, " b"],
+        timesteps: Real[Tensor, " b"],
         labels: Float[Tensor, " b"],
         weights: Float[Tensor, " b"] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -244,3 +252,11 @@ class StepAwarePreferenceModule(TrainingModule):
             "tie_fraction": (labels == 0.5).float().mean(),
         }
         return loss, metrics
+
+
+def noisy_starts(policy: DiffusionPolicy, sampler_steps: int) -> Real[Tensor, " steps"]:
+    """Where a sampler's steps start, but for pure noise, in which the two pictures of a pair are one."""
+    cells = (policy.image_size // policy.downscale) ** 2
+    starts = torch.tensor([step.timestep for step in policy.schedule.trajectory(sampler_steps, cells)])
+    signal, _ = policy.schedule.signal_and_noise(starts)
+    return starts[signal > 0]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 from torch import Tensor
 
 from lightning_modules.errors import ConfigError
@@ -29,7 +29,7 @@ class View(ABC):
         self,
         policy: DiffusionPolicy,
         latents: Float[Tensor, "n c h w"],
-        timesteps: Int[Tensor, " n"],
+        timesteps: Real[Tensor, " n"],
         predict: Callable[[], Float[Tensor, "n c h w"]],
         decode: Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n 3 H W"]],
     ) -> Float[Tensor, "n ..."]:
@@ -59,7 +59,7 @@ class DecodedPrediction(View):
         self,
         policy: DiffusionPolicy,
         latents: Float[Tensor, "n c h w"],
-        timesteps: Int[Tensor, " n"],
+        timesteps: Real[Tensor, " n"],
         predict: Callable[[], Float[Tensor, "n c h w"]],
         decode: Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n 3 H W"]],
     ) -> Float[Tensor, "n 3 H W"]:
@@ -84,7 +84,7 @@ class NoisyLatents(View):
         self,
         policy: DiffusionPolicy,
         latents: Float[Tensor, "n c h w"],
-        timesteps: Int[Tensor, " n"],
+        timesteps: Real[Tensor, " n"],
         predict: Callable[[], Float[Tensor, "n c h w"]],
         decode: Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n 3 H W"]],
     ) -> Float[Tensor, "n c h w"]:
@@ -103,9 +103,16 @@ def check_latents(policy: DiffusionPolicy, model: LatentStepRewardModel) -> None
     """Whether a model that judges latents knows those of this policy.
 
     Raises:
-        ConfigError: they have another number of channels, or the model is of another kind of base.
+        ConfigError: they are noised by another kind of schedule, have another number of channels, or the model is of
+            another kind of base.
     """
     name = type(model).__name__
+    if policy.schedule.kind != model.learned_kind:
+        raise ConfigError(
+            f"{name} knows noisy latents and timesteps of a {model.learned_kind} schedule, and the policy "
+            f"{type(policy).__name__} has a {policy.schedule.kind} schedule, with others; judge pictures instead: "
+            "train a StepAwarePreferenceModel with DecodedPrediction, or sample with RewardScorer"
+        )
     if policy.latent_channels != model.latent_channels:
         raise ConfigError(
             f"{name} reads latents of {model.latent_channels} channels, and the policy's VAE makes "

@@ -1,12 +1,20 @@
 """A noise predictor as a flow: the same steps as DDIM's in other coordinates, and pure noise at the one end."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from no_doubles import NoDoubles
 
 from lightning_modules.batches import DenoiserQuery
+from lightning_modules.errors import ConfigError
 from lightning_modules.policies import LoRA, StableDiffusion, StableDiffusionAsFlow
+from lightning_modules.preference_views import NoisyLatents
 from lightning_modules.randomness import generator
+from lightning_modules.rewards import LatentRewardModel
 from lightning_modules.sampling.pictures import Sampler, initial_noise
+from lightning_modules.sampling.step_scorers import LatentScorer
 from lightning_modules.schedules.base import per_sample
 
 ROWS = torch.tensor([951, 501, 51])
@@ -73,3 +81,45 @@ def test_pictures_start_at_pure_noise_and_have_the_bases_size(both):
     noise, sources = initial_noise(flow, [(0,), (1,)])
     pictures = Sampler(steps=3, guidance_scale=2.0).generate(flow, flow.predict_noise, ["a", "b"], noise, sources)
     assert pictures.shape == (2, 3, 64, 64)
+
+
+@torch.no_grad()
+def test_a_device_without_fp64_gives_the_same_velocity(both):
+    _, flow = both
+    x, timesteps = torch.randn(2, 4, 8, 8, generator=generator(2)), torch.tensor([1000.0, 500.0])
+    query = DenoiserQuery(x, timesteps, flow.encode_prompts(["a cat", "a dog"]))
+    expected = flow.predict_noise(query)
+    with NoDoubles(timesteps, x, flow.alphas_cumprod):
+        found = flow.predict_noise(query)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "said"),
+    [
+        ({"prediction_type": "v_prediction"}, {}, "the base predicts v_prediction; give one that predicts noise"),
+        ({"prediction_type": "sample"}, {}, "the base predicts sample; give one that predicts noise"),
+        ({}, {"shift": 0.0}, "model.policy.shift must be above 0, got 0.0; 1 leaves the levels even"),
+        ({}, {"shift": -1.0}, "model.policy.shift must be above 0, got -1.0"),
+    ],
+)
+def test_what_is_no_noise_predictor_or_no_shift_is_refused_in_one_line(tmp_path, pipelines, scheduler, options, said):
+    folder = shutil.copytree(pipelines / "tiny-sd15", tmp_path / "base")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | scheduler))
+    with pytest.raises(ConfigError, match=said) as caught:
+        StableDiffusionAsFlow(str(folder), LoRA(), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_the_tables_noisy_latents_is_refused(both, pipelines):
+    """The same VAE and UNet, but other latents at other timesteps."""
+    plain, flow = both
+    model = LatentRewardModel(str(pipelines / "tiny-lrm-sd15"), str(pipelines / "tiny-sd15"))
+    for check in (LatentScorer(model).check, lambda policy: NoisyLatents().check(policy, model)):
+        check(plain)
+        with pytest.raises(
+            ConfigError, match="timesteps of a diffusion schedule, .*AsFlow has a flow schedule"
+        ) as said:
+            check(flow)
+        assert "\n" not in str(said.value)

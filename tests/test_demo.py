@@ -104,6 +104,12 @@ def test_a_seed_among_the_settings_is_refused(small):
         demo.main([*small, "--seed_everything=9"])
 
 
+def test_runs_that_start_from_other_bases_are_refused_before_anything_is_drawn(tmp_path, small):
+    with pytest.raises(ConfigError, match="--methods: dpo_flow, spo_flow start from the base as a flow"):
+        demo.main(["--methods", "dpo_flow", "dpo", "spo_flow", *small])
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize("method", demo.METHODS)
 def test_every_methods_settings_are_a_config(method, capsys):
     with pytest.raises(SystemExit) as ended:

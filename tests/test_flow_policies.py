@@ -277,6 +277,12 @@ class TestTraining:
         assert any("attn2.to_q" in key for key in get_peft_model_state_dict(both.transformer))
 
 
+def test_every_repeating_block_is_named(kind, policy):
+    """What is sharded, quantised and compiled at a time."""
+    lists = [child for child in policy.transformer.children() if isinstance(child, torch.nn.ModuleList)]
+    assert {type(block) for blocks in lists for block in blocks} == set(policy.blocks)
+
+
 class TestExports:
     @pytest.mark.parametrize("lora", [LoRA(rank=4), LoRA(rank=2, alpha=8.0)], ids=["alpha=rank", "alpha=4*rank"])
     def test_a_lora_changes_plain_diffusers_as_it_does_here(self, tmp_path, kind, lora):

@@ -12,8 +12,9 @@ from datamodules.stream.order import StoredOrder
 from lightning_modules.batches import DenoiserQuery
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies import LoRA, StableDiffusion3
+from lightning_modules.rewards import StepAwarePreferenceModel
 from lightning_modules.sampling.step_sampler import Draws, SeededDraws, StepSampler
-from lightning_modules.sampling.step_scorers import RandomScorer, StepScorer
+from lightning_modules.sampling.step_scorers import RandomScorer, StepAwareScorer, StepScorer
 from lightning_modules.schedules.base import gaussian_log_prob
 from lightning_modules.schedules.step_rules import CPS, FlowSDE
 
@@ -100,6 +101,15 @@ def test_the_certain_last_step_compares_nothing_and_costs_nothing(policy):
     assert result.unet_evaluations == 2 * 4  # a plain step and three compared ones, of which nobody asks what follows
     assert calls == [1, 2, 3, 4, 5]
     assert f"score_gap/t{round(compared[0])}" in result.comparisons.metrics()
+
+
+def test_a_step_aware_model_is_told_the_level_at_which_each_step_ends(policy, pipelines):
+    model, told = StepAwarePreferenceModel(str(pipelines / "tiny-spm"), None), []
+    model.model.t_embedder.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0]))
+    rollout(policy, StepAwareScorer(model))
+    compared = policy.schedule.trajectory(5)[1:-1]  # the first is a plain step, the last is certain
+    ends = [step.next_timestep for step in compared]
+    assert [times.unique().tolist() for times in told] == [[end] for end in ends]
 
 
 def test_a_rule_with_noise_in_the_last_step_compares_it(pipelines):

@@ -7,6 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_doubles import NoDoubles
 from test_schedule import schedule as stable_diffusion
 
 from lightning_modules.errors import ConfigError
@@ -160,6 +161,23 @@ def test_a_right_prediction_arrives_with_the_noise_that_the_level_says(level, sh
     kept = rule.noise_factor(s, s_next, std)
     assert torch.isfinite(std).all()
     torch.testing.assert_close((kept**2 + std**2).sqrt(), s_next, rtol=1e-6, atol=1e-9)
+
+
+def test_a_device_without_fp64_gives_the_same_numbers():
+    schedule = FlowSchedule(3.0)
+    starts, stops = steps(schedule)
+    output, latents = torch.randn(2, 10, 1, 2, 2, generator=generator(0))
+
+    def numbers():
+        factors = (*schedule.signal_and_noise(starts), schedule.step_std(starts, stops, 1.0))
+        mean, std = schedule.step_distribution(output, latents, starts, stops, 1.0)
+        return *factors, std, mean
+
+    expected = numbers()
+    with NoDoubles(starts, stops) as device:
+        found = numbers()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert all(device.holds(number) for number in found[:4])
 
 
 def test_flow_sde_leaves_more_noise_than_its_level_says():

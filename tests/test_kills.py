@@ -38,13 +38,13 @@ class Kind:
         settings: by path, over those that all kinds share.
         ranks: processes.
         places: where it is struck for certain, beside the random times.
-        kills: how often, but where every kind is killed 50 times.
+        kills: how often, but where every kind is killed 50 times; at least twice per place.
     """
 
     settings: dict[str, Any]
     ranks: int = 1
     places: tuple[str, ...] = ("step", "checkpoint")
-    kills: int = 10
+    kills: int = 6
 
 
 SPO = {
@@ -109,7 +109,7 @@ EVALUATED = {
 
 KINDS = {
     "SFT": Kind({"model.init_args.objective": {"class_path": "SFT"}, "model.init_args.reference": None}),
-    "DPO": Kind(EVALUATED, places=("step", "checkpoint", "validation", "pictures")),
+    "DPO": Kind(EVALUATED, places=("step", "checkpoint", "validation", "pictures"), kills=8),
     "DPO, 2 workers, accumulation 3": Kind(
         {
             "data.init_args.num_workers": 2,
@@ -148,7 +148,7 @@ KINDS = {
     "DPO, fsdp2, 2 processes": Kind(
         {"trainer.devices": 2, "trainer.strategy": "fsdp2", "data.init_args.batch_size": 1}, ranks=2
     ),
-    "SPO": Kind(SPO, places=("step", "checkpoint", "sampling", "shard")),
+    "SPO": Kind(SPO, places=("step", "checkpoint", "sampling", "shard"), kills=8),
     "flow DPO": Kind(
         {
             "model.init_args.policy": {
@@ -217,6 +217,7 @@ KINDS = {
         SPO | {"trainer.devices": 2, "trainer.strategy": "ddp", "data.init_args.batch_size": 1},
         ranks=2,
         places=("step", "checkpoint", "sampling", "shard"),
+        kills=8,
     ),
 }
 

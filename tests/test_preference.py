@@ -23,12 +23,19 @@ from experiments.shapes import build_pipeline as build_shapes_pipeline
 from experiments.shapes import build_preference as build_shapes_preference
 from lightning_modules.batches import DenoiserQuery, PreferencePairs
 from lightning_modules.errors import ConfigError
-from lightning_modules.policies import Frozen, StableDiffusion, StableDiffusionXL
+from lightning_modules.policies import (
+    Flux,
+    Frozen,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+)
 from lightning_modules.preference import HumanLabels, RewardLabels, StepAwarePreferenceModule
 from lightning_modules.preference_loss import preference_loss
 from lightning_modules.randomness import generator, randn
 from lightning_modules.rewards import PickScore, StepAwarePreferenceModel
 from lightning_modules.rewards.clip import text_embeds
+from lightning_modules.sampling.step_scorers import StepAwareScorer
 from lightning_modules.shapes.reward import ShapesReward
 
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
@@ -39,9 +46,17 @@ def preference_model(pipelines, name="tiny-spm"):
     return StepAwarePreferenceModel(str(pipelines / name), None)
 
 
+NETWORKS = {
+    "tiny-sd15": (StableDiffusion, {"negative_prompt": ""}),
+    "tiny-sdxl": (StableDiffusionXL, {"negative_prompt": None}),
+    "tiny-sd3": (StableDiffusion3, {"t5_tokens": 16}),
+    "tiny-flux": (Flux, {"t5_tokens": 16, "image_size": 64}),
+}
+
+
 def make(pipelines, labels=None, policy="tiny-sd15", **options):
-    network = StableDiffusionXL if policy == "tiny-sdxl" else StableDiffusion
-    frozen = network(str(pipelines / policy), Frozen(), negative_prompt=None if policy == "tiny-sdxl" else "")
+    network, own = NETWORKS[policy]
+    frozen = network(str(pipelines / policy), Frozen(), **own)
     options = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)} | options
     return StepAwarePreferenceModule(frozen, preference_model(pipelines), labels or HumanLabels(), **options)
 
@@ -172,16 +187,23 @@ def views_of(module, pairs, purpose, timesteps):
     """What the preference model sees of each pair, chosen picture and rejected one, each computed by itself."""
     policy, seen = module.policy, ([], [])
     for i, index in enumerate(pairs.indices.tolist()):
-        noise = randn((4, 8, 8), [generator(7, purpose, "noise", index)])
-        cond = policy.encode_prompts([pairs.prompts[i]])
+        noise = randn((policy.latent_channels, 8, 8), [generator(7, purpose, "noise", index)])
+        cond, t = policy.encode_prompts([pairs.prompts[i]]), timesteps[i : i + 1]
         for side, pictures, found in zip(("chosen", "rejected"), (pairs.chosen, pairs.rejected), seen):
             draw = generator(7, purpose, "posterior", side, index)
             clean = policy.encode_images(pictures[i : i + 1], [draw])
-            noisy = policy.schedule.add_noise(clean, noise, timesteps[i : i + 1])
-            output = policy.predict_noise(DenoiserQuery(noisy, timesteps[i : i + 1], cond, 3.0))
-            prediction, _ = policy.schedule.predict_clean(output, noisy, timesteps[i : i + 1])
-            found.append(module.preference.encode_images(policy.decode(prediction), timesteps[i : i + 1]))
+            found.append(module.preference.encode_images(policy.decode(predicted(policy, clean, noise, t, cond)), t))
     return [torch.cat(found) for found in seen]
+
+
+def predicted(policy, clean, noise, t, cond):
+    """The x0-prediction; a flow's by hand."""
+    if policy.schedule.kind == "diffusion":
+        noisy = policy.schedule.add_noise(clean, noise, t)
+        return policy.schedule.predict_clean(policy.predict_noise(DenoiserQuery(noisy, t, cond, 3.0)), noisy, t)[0]
+    s = t.item() / 1000
+    noisy = (1 - s) * clean + s * noise
+    return noisy - s * policy.predict_noise(DenoiserQuery(noisy, torch.tensor([1000 * s]), cond, 3.0))
 
 
 def criterion(module, pairs, purpose, timesteps, negatives):
@@ -192,25 +214,43 @@ def criterion(module, pairs, purpose, timesteps, negatives):
     ).item()
 
 
-@pytest.mark.parametrize("negatives", [False, True])
-def test_a_training_step_is_the_criterion_on_what_each_pair_sees(pipelines, negatives):
+def drawn_timestep(policy, index):
+    """The pair's own draw: from all alike, or on SD3 the row of its shifted table that a logit-normal number names."""
+    own = generator(7, "timestep", index)
+    if policy == "tiny-sd15":
+        return torch.randint(1000, (1,), generator=own)
+    level = 1 - int(1000 * torch.sigmoid(torch.randn((), generator=own)).item()) / 1000
+    return torch.tensor([1000 * 3 * level / (1 + 2 * level)])
+
+
+@pytest.mark.parametrize(("policy", "negatives"), [("tiny-sd15", False), ("tiny-sd15", True), ("tiny-sd3", False)])
+def test_a_training_step_is_the_criterion_on_what_each_pair_sees(pipelines, policy, negatives):
     """Draws by their keys: t, both pictures' posteriors, their common noise; t of each picture; weights and labels."""
-    module = make(pipelines, guidance_scale=3.0, in_batch_negatives=negatives, seed=7)
+    module = make(pipelines, policy=policy, guidance_scale=3.0, in_batch_negatives=negatives, seed=7)
     pairs = batch(2, 6)
-    timesteps = torch.cat([torch.randint(1000, (1,), generator=generator(7, "timestep", n)) for n in range(2, 6)])
+    timesteps = torch.cat([drawn_timestep(policy, n) for n in range(2, 6)])
     loss = module.training_step(pairs, 0)
     assert loss.item() == pytest.approx(criterion(module, pairs, "train", timesteps, negatives), rel=1e-5)
     logged = module._means["train"].compute(lambda sums: sums)
     assert logged["loss"] == pytest.approx(loss.item())
 
 
-def test_a_validation_is_the_criterion_at_its_timesteps_with_draws_of_its_own(pipelines):
-    module = make(pipelines, guidance_scale=3.0, seed=7, validation_timesteps=(1, 900))
+@pytest.mark.parametrize("policy", ["tiny-sd15", "tiny-sd3"])
+def test_a_validation_is_the_criterion_at_its_timesteps_with_draws_of_its_own(pipelines, policy):
+    module = make(pipelines, policy=policy, guidance_scale=3.0, seed=7, validation_timesteps=(0, 900))
     pairs = batch(2, 5)
     module.validation_step(pairs, 0)
-    losses = [criterion(module, pairs, "val", torch.full((3,), t), False) for t in (1, 900)]
+    losses = [criterion(module, pairs, "val", torch.full((3,), t), False) for t in (0, 900)]
     found = module._means["val"].compute(lambda sums: sums)
     assert found["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_a_flows_sampler_steps_are_those_that_start_above_pure_noise(pipelines):
+    """FLUX's levels, whose shift depends on the size of the picture: 64 pixels are 16 tokens."""
+    module = make(pipelines, policy="tiny-flux", sampler_steps=4)
+    factor = math.exp(0.5 + 0.65 * (16 - 256) / (4096 - 256))
+    expected = [1000 * factor * s / (1 + (factor - 1) * s) for s in (0.75, 0.5, 0.25)]
+    assert module.candidates.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_timesteps_reach_from_the_first_to_the_last(pipelines):
@@ -240,6 +280,32 @@ def test_each_picture_keeps_its_own_time_ids(pipelines):
     cond = module._conditioning(replace(pairs, chosen_time_ids=chosen, rejected_time_ids=rejected))
     assert torch.equal(cond.time_ids, torch.cat([chosen, rejected]))
     assert torch.equal(cond.embeds[:3], cond.embeds[3:])
+
+
+# Whose timesteps it has learned
+
+
+@pytest.mark.parametrize(("policy", "other"), [("tiny-sd15", "tiny-sd3"), ("tiny-sd3", "tiny-sd15")])
+def test_a_trained_model_judges_steps_of_its_own_kind_of_schedule_alone(tmp_path, pipelines, policy, other):
+    module = make(pipelines, policy=policy)
+    module.preference.save_pretrained(tmp_path / "saved")
+    saved = StepAwareScorer(StepAwarePreferenceModel(str(tmp_path / "saved"), None))
+    saved.check(module.policy)
+    wrong = make(pipelines, policy=other).policy
+    learned, name = module.policy.schedule.kind, type(wrong).__name__
+    said = f"of a {learned} schedule, and the policy {name} has a {wrong.schedule.kind} schedule"
+    with pytest.raises(ConfigError, match=said) as caught:
+        saved.check(wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_published_weights_are_stable_diffusions_and_a_plain_clip_is_anyones(pipelines):
+    flow, spm = make(pipelines, policy="tiny-sd3").policy, str(pipelines / "tiny-spm")
+    for file in ("official_style_ckpt.bin", "model.safetensors"):
+        published = StepAwarePreferenceModel(spm, None, checkpoint=f"{spm}/{file}")
+        with pytest.raises(ConfigError, match="has learned the timesteps of a diffusion schedule"):
+            StepAwareScorer(published).check(flow)
+    StepAwareScorer(preference_model(pipelines, "tiny-pickscore")).check(flow)
 
 
 # Runs
@@ -322,7 +388,9 @@ def test_settings_that_cannot_be_are_refused(pipelines):
         make(pipelines, guidance_scale=0.5)
 
 
-@pytest.mark.parametrize("name", ["spm_sd15", "spm_sdxl", "spm_tiny", "lrm_sd15", "lrm_sdxl", "lrm_tiny"])
+@pytest.mark.parametrize(
+    "name", ["spm_sd15", "spm_sdxl", "spm_tiny", "spm_flow_tiny", "lrm_sd15", "lrm_sdxl", "lrm_tiny"]
+)
 def test_packaged_configs_parse_and_say_what_they_cost(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from experiments import prepare_feedback, prepare_pickapic
 from experiments.cli.configured_policy import load_policy
+from experiments.preparation import parts as preparation_parts
 from lightning_modules.errors import ConfigError, UserError
 from lightning_modules.shapes.reward import ShapesReward
 
@@ -52,7 +53,7 @@ def test_the_better_picture_by_the_reward_is_the_preferred_one(tmp_path, words):
 
 def test_a_pair_does_not_depend_on_its_batch_and_an_interrupted_command_goes_on(tmp_path, words, monkeypatch):
     prepare_feedback.main(words())
-    monkeypatch.setattr(prepare_feedback, "PART", 2)
+    monkeypatch.setattr(preparation_parts, "PART", 2)
     prepare_feedback.main(words("parts"))
     parts = sorted((tmp_path / "parts").glob("*.parquet"))
     assert len(parts) == 3

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 from kill_harness import Harness, Order
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -46,11 +46,18 @@ LORA = {
     "reference": {"class_path": "AdapterOff"},
 }
 FULL = {"adaptation": {"class_path": "FullFineTuning"}, "reference": {"class_path": "FrozenCopy"}}
+BASES: dict[str, dict[str, Any]] = {  # a policy's class, its pipeline and further arguments
+    "StableDiffusion": {"pretrained": "tiny-sd15"},
+    "StableDiffusion3": {"pretrained": "tiny-sd3", "t5_tokens": 16},
+    "Flux": {"pretrained": "tiny-flux", "t5_tokens": 16},
+}
 
 
-def tree(pipelines: Path, shards: Path, adaptation: Any, reference: Any) -> dict[str, Any]:
+def tree(
+    pipelines: Path, shards: Path, adaptation: Any, reference: Any, base: str = "StableDiffusion"
+) -> dict[str, Any]:
     """Settings of a run of DPO on pictures."""
-    policy = {"pretrained": str(pipelines / "tiny-sd15"), "adaptation": adaptation}
+    policy = BASES[base] | {"pretrained": str(pipelines / BASES[base]["pretrained"]), "adaptation": adaptation}
     return {
         "seed_everything": 7,
         "trainer": {
@@ -73,7 +80,7 @@ def tree(pipelines: Path, shards: Path, adaptation: Any, reference: Any) -> dict
         "model": {
             "class_path": "AlignmentModule",
             "init_args": {
-                "policy": {"class_path": "StableDiffusion", "init_args": policy},
+                "policy": {"class_path": base, "init_args": policy},
                 "objective": {"class_path": "DPO", "init_args": {"beta": 100.0}},
                 "reference": reference,
                 # An epsilon of the gradients' size: rounding is not to decide on directions.
@@ -190,15 +197,21 @@ def test_full_fine_tuning_learns_what_unsharded_processes_learn(full):
 
 
 def test_each_process_holds_its_part(lora, full):
-    for run_dir, networks in ((lora["fsdp2"], 1), (full["fsdp2"], 2)):
-        ranks = [json.loads((run_dir / f"held-{rank}.json").read_text()) for rank in (0, 1)]
-        for what in [f"weights {n}" for n in range(networks)] + ["gradients", "moments"]:
-            here, total = [rank[what]["here"] for rank in ranks], ranks[0][what]["all"]
-            assert sum(here) == total
-            assert max(here) < (0.51 if what.startswith("weights") else 0.6) * total  # three rows make parts of 2 and 1
-            assert ranks[0][what]["shared"] == ranks[0][what]["tensors"] > 0
+    assert_each_holds_its_part(lora["fsdp2"], networks=1)
+    moments = assert_each_holds_its_part(full["fsdp2"], networks=2)["moments"]
     unsharded = json.loads((full["ddp"] / "held-1.json").read_text())
-    assert unsharded["moments"] == {"here": total, "all": total, "tensors": ranks[0]["moments"]["tensors"], "shared": 0}
+    assert unsharded["moments"] == moments | {"here": moments["all"], "shared": 0}
+
+
+def assert_each_holds_its_part(run_dir: Path, networks: int) -> dict[str, dict[str, int]]:
+    """What the first of two processes holds."""
+    ranks = [json.loads((run_dir / f"held-{rank}.json").read_text()) for rank in (0, 1)]
+    for what in [f"weights {n}" for n in range(networks)] + ["gradients", "moments"]:
+        here, total = [rank[what]["here"] for rank in ranks], ranks[0][what]["all"]
+        assert sum(here) == total
+        assert max(here) < (0.51 if what.startswith("weights") else 0.6) * total  # three rows make parts of 2 and 1
+        assert ranks[0][what]["shared"] == ranks[0][what]["tensors"] > 0
+    return ranks[0]
 
 
 def test_processes_draw_and_judge_though_not_equally_often(lora):
@@ -282,6 +295,59 @@ def test_a_run_goes_on_in_one_process_and_back(world, lora):
 
 def assert_close_weights(run_dir: Path, other: Path) -> None:
     torch.testing.assert_close(weights(run_dir), weights(other), rtol=0, atol=2e-6)
+
+
+# ------------------------------------------------------------------------------------------- flow models
+
+
+def flow_settings(world: World, base: str) -> dict[str, Any]:
+    """A LoRA on SD3, all of FLUX; nothing is validated."""
+    trained = LORA if base == "StableDiffusion3" else FULL
+    settings = tree(world.pipelines, world.shards, **trained, base=base)
+    settings["trainer"] |= {"limit_val_batches": 0, "num_sanity_val_steps": 0}
+    return settings
+
+
+@pytest.fixture(scope="module")
+def flows(world):
+    """In one process, and in two that share out the transformer."""
+    return {
+        base: {name: world.train(f"{base}-{name}", flow_settings(world, base), name) for name in ("auto", "fsdp2")}
+        for base in ("StableDiffusion3", "Flux")
+    }
+
+
+@pytest.mark.parametrize("base", ["StableDiffusion3", "Flux"])
+def test_a_flow_model_learns_what_one_process_learns(flows, base):
+    assert_close(flows[base]["fsdp2"], flows[base]["auto"])
+    assert_each_holds_its_part(flows[base]["fsdp2"], networks=1 if base == "StableDiffusion3" else 2)
+
+
+def test_a_flow_models_run_goes_on_in_one_process(world, flows):
+    sd3 = flows["StableDiffusion3"]
+    settings = flow_settings(world, "StableDiffusion3")
+    alone = world.train("sd3-alone", settings, "auto", "--ckpt_path", middle(sd3["fsdp2"]))
+    assert_close_weights(alone, sd3["auto"])
+
+
+def test_plain_diffusers_reads_a_flow_models_exports(flows, pipelines):
+    lora, full = (flows[base]["fsdp2"] for base in ("StableDiffusion3", "Flux"))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(pipelines / "tiny-sd3")
+    pipeline.load_lora_weights(lora / "export" / f"step={STEPS:07d}")
+    loaded = {
+        name.replace(".default_0.", ".default."): value
+        for name, value in pipeline.transformer.state_dict().items()
+        if ".lora_" in name
+    }
+    torch.testing.assert_close(loaded, part(weights(lora), "policy.transformer."), rtol=0, atol=0)
+    transformer = FluxTransformer2DModel.from_pretrained(full / "export" / f"step={STEPS:07d}" / "transformer")
+    torch.testing.assert_close(
+        dict(transformer.state_dict()), part(weights(full), "policy.transformer."), rtol=0, atol=0
+    )
+
+
+def part(found: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
 
 
 # ------------------------------------------------------------------------------------------- SPO

@@ -38,15 +38,20 @@ SCHEMA = pa.schema(
 )
 
 
+def label_of(scores: Sequence[float], tie: float) -> float:
+    """1 where the first score is higher, 0 where the second is, 0.5 where they are equal or closer than ``tie``."""
+    gap = scores[0] - scores[1]
+    return 0.5 if abs(gap) < tie or gap == 0 else float(gap > 0)
+
+
 def pair_row(
     index: int,
     seed: int,
     caption: str,
     pictures: UInt8[np.ndarray, "2 H W 3"],
-    scores: Sequence[float],
-    tie: float,
+    label: float,
     examples: int,
-    source: str,
+    made_by: tuple[str, str],
 ) -> dict[str, Any]:
     """One row of ``SCHEMA``.
 
@@ -55,13 +60,10 @@ def pair_row(
         seed: of the data set.
         caption: the prompt of both pictures.
         pictures: as bytes, RGB.
-        scores: of both pictures; the higher one is preferred.
-        tie: scores closer than that make a tie, label 0.5.
+        label: 1 where the first is preferred, 0 where the second is, 0.5 for a tie.
         examples: rows of the data set that have this prompt.
-        source: what made the pictures.
+        made_by: what made each picture.
     """
-    gap = scores[0] - scores[1]
-    label = 0.5 if abs(gap) < tie or gap == 0 else float(gap > 0)
     uids = [f"{derive_seed(seed, 'picture', index, k):016x}" for k in (0, 1)]
     return {
         "are_different": label != 0.5,
@@ -70,15 +72,15 @@ def pair_row(
         "created_at": 0,
         "has_label": True,
         "image_0_uid": uids[0],
-        "image_0_url": f"{source}://{uids[0]}",
+        "image_0_url": f"{made_by[0]}://{uids[0]}",
         "image_1_uid": uids[1],
-        "image_1_url": f"{source}://{uids[1]}",
+        "image_1_url": f"{made_by[1]}://{uids[1]}",
         "jpg_0": png(pictures[0]),
         "jpg_1": png(pictures[1]),
         "label_0": label,
         "label_1": 1 - label,
-        "model_0": source,
-        "model_1": source,
+        "model_0": made_by[0],
+        "model_1": made_by[1],
         "ranking_id": index,
         "user_id": 0,
         "num_example_per_prompt": examples,

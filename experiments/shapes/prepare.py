@@ -19,7 +19,7 @@ from rich.progress import track
 
 from datamodules.shapes.drawing import as_unit, draw_imperfect, prompt_splits, random_numbers
 from experiments.cli.command import run_command
-from experiments.preparation.pickapic_schema import SCHEMA, pair_row
+from experiments.preparation.pickapic_schema import SCHEMA, label_of, pair_row
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_folder
 from lightning_modules.randomness import derive_seed
@@ -47,10 +47,9 @@ def rows(first: int, last: int, seed: int, counts: Counter[str], captions: list[
             seed,
             captions[j],
             pictures[2 * i : 2 * i + 2].permute(0, 2, 3, 1).numpy(),
-            rewards[2 * i : 2 * i + 2].tolist(),
-            TIE,
+            label_of(rewards[2 * i : 2 * i + 2].tolist(), TIE),
             counts[captions[j]],
-            "shapes",
+            ("shapes", "shapes"),
         )
         for i, j in enumerate(range(first, last))
     ]

@@ -14,7 +14,7 @@ from lightning_modules.policies.adaptation import Adaptation
 from lightning_modules.policies.stable_diffusion import StableDiffusion
 from lightning_modules.schedules.base import Schedule, per_sample
 from lightning_modules.schedules.discrete import NoiseSchedule
-from lightning_modules.schedules.flow import FlowSchedule
+from lightning_modules.schedules.flow import FlowSchedule, in_fp64
 from lightning_modules.schedules.level_draws import LevelDraw, LogitNormal
 from lightning_modules.schedules.step_rules import Ancestral, StepRule
 from lightning_modules.weights.pretrained import Pretrained
@@ -75,25 +75,29 @@ class StableDiffusionAsFlow(StableDiffusion):
     def _denoise(
         self, network: Any, latents: Float[Tensor, "n c h w"], timesteps: Tensor, cond: Conditioning
     ) -> Float[Tensor, "n c h w"]:
-        level = timesteps.double() / self.schedule.num_timesteps
+        level = in_fp64(timesteps) / self.schedule.num_timesteps
         table = _ratios(self.alphas_cumprod)
         highest = table[-1] / (1 + table[-1])
         seen = level.clamp(max=highest)  # the level that the network is told
         ratio = seen / (1 - seen)
         position = _position(table.log(), ratio.log())
         signal = torch.rsqrt(1 + ratio.clamp(min=table[0]) ** 2)  # sqrt(a) there
-        shrunk = latents * per_sample((highest / level.clamp(min=highest)).float())
-        noise = super()._denoise(network, shrunk * per_sample((signal / (1 - seen)).float()), position.float(), cond)
-        clean = shrunk * per_sample((1 / (1 - seen)).float()) - per_sample(ratio.float()) * noise
-        above = (latents - clean) / per_sample(level.clamp(min=highest).float())
-        return torch.where(
-            (level <= highest).reshape(-1, 1, 1, 1), noise - clean, above
-        )  # equal but for what was shrunk
+
+        def factor(values: Float[Tensor, " n"]) -> Float[Tensor, "n 1 1 1"]:
+            return per_sample(values.float().to(latents.device))
+
+        shrunk = latents * factor(highest / level.clamp(min=highest))
+        told = position.float().to(latents.device)
+        noise = super()._denoise(network, shrunk * factor(signal / (1 - seen)), told, cond)
+        clean = shrunk * factor(1 / (1 - seen)) - factor(ratio) * noise
+        above = (latents - clean) / factor(level.clamp(min=highest))
+        known = (level <= highest).reshape(-1, 1, 1, 1).to(latents.device)
+        return torch.where(known, noise - clean, above)  # equal but for what was shrunk
 
 
 def _ratios(alphas_cumprod: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
     """Noise to signal at every row, fp64."""
-    a = alphas_cumprod.double()
+    a = in_fp64(alphas_cumprod)
     return ((1 - a) / a).sqrt()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_modules.batches import Conditioning, Record
 from lightning_modules.errors import ConfigError
+from lightning_modules.schedules.base import ScheduleKind
 
 REMEMBERED = 16384  # prompts whose features a reward keeps: 64 MB of CLIP-H's
 
@@ -135,7 +136,12 @@ class StepRewardModel(FrozenScorer):
     """Scores x0-predictions against prompts, given the timestep they were predicted at; higher is better.
 
     SPO's step-aware preference model (arXiv 2406.04314, section 3.2) is one.
+
+    Attributes:
+        learned_kind: the kind of schedule whose timesteps it has learned; None if it has learned none, or all.
     """
+
+    learned_kind: ScheduleKind | None = None
 
     @abstractmethod
     def score(
@@ -157,10 +163,12 @@ class LatentStepRewardModel(FrozenScorer):
         latent_channels: c.
         added_conditions: the kind of base model whose latents it knows, by what a UNet of that kind reads besides the
             prompt's tokens: None for Stable Diffusion 1.x and 2.x, "text_time" for SDXL.
+        learned_kind: the kind of schedule whose noisy latents and timesteps it knows.
     """
 
     latent_channels: int
     added_conditions: str | None
+    learned_kind: ScheduleKind = "diffusion"
 
     @abstractmethod
     def score(

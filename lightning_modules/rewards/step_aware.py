@@ -49,7 +49,8 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel, PreferenceModel):
         super().__init__()
         source = Pretrained.find(pretrained)
         processor_source = source if processor is None else Pretrained.find(processor)
-        self.model: Any = load_clip(source, checkpoint).to(DTYPES[dtype])
+        clip, self.learned_kind = load_clip(source, checkpoint)
+        self.model: Any = clip.to(DTYPES[dtype])
         self.tokenizer: Any = processor_source.load(read_tokenizer, kind="tokenizer")
         self.processing = ClipPreprocessing.load(processor_source)
         self._weights, self._processor = checkpoint or pretrained, processor or pretrained
@@ -141,4 +142,4 @@ class StepAwarePreferenceModel(StepRewardModel, RewardModel, PreferenceModel):
         It is read by ``StepAwarePreferenceModel(pretrained=folder, processor=None)``; the weights are named as in
         the published checkpoints without their ``model.``.
         """
-        save_folder(Path(folder), self.model, self.tokenizer, self.processing, DTYPES[dtype])
+        save_folder(Path(folder), self.model, self.tokenizer, self.processing, DTYPES[dtype], self.learned_kind)

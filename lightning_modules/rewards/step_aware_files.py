@@ -14,15 +14,19 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_folder
 from lightning_modules.rewards.clip import ClipPreprocessing
 from lightning_modules.rewards.time_conditioning import add_time_conditioning
+from lightning_modules.schedules.base import ScheduleKind
 from lightning_modules.weights.audit import UNREADABLE, mismatch
 from lightning_modules.weights.pretrained import Pretrained
 from lightning_modules.weights.state_dicts import damaged, find_weights, read_state_dict
 
 _WHOSE = "step-aware preference model"
+KIND = "learned_kind"  # in the weights' file, of whose timesteps they have learned
 
 
-def load_clip(source: Pretrained, checkpoint: str | None) -> Any:
-    """A time-conditioned ``CLIPModel`` in fp32, or in the number type of its file.
+def load_clip(source: Pretrained, checkpoint: str | None) -> tuple[Any, ScheduleKind | None]:
+    """A time-conditioned ``CLIPModel`` in fp32, or in the number type of its file; and the kind of schedule whose
+    timesteps it has learned, None where it has learned none. A file that says nothing, as the published ones, is
+    Stable Diffusion's.
 
     Args:
         source: a plain CLIP model, which it then still computes, or a folder of our own. With ``checkpoint`` only its
@@ -33,16 +37,24 @@ def load_clip(source: Pretrained, checkpoint: str | None) -> Any:
         ConfigError: missing or damaged weights, or weights of a model of another size.
     """
     weights = _own_weights(source) if checkpoint is None else find_weights(checkpoint, _WHOSE)
-    return _plain_clip(source) if weights is None else _time_conditioned_clip(source, weights)
+    return (_plain_clip(source), None) if weights is None else (_time_conditioned_clip(source, weights), _kind(weights))
 
 
-def save_folder(folder: Path, clip: Any, tokenizer: Any, processing: ClipPreprocessing, dtype: torch.dtype) -> None:
+def save_folder(
+    folder: Path,
+    clip: Any,
+    tokenizer: Any,
+    processing: ClipPreprocessing,
+    dtype: torch.dtype,
+    learned_kind: ScheduleKind | None,
+) -> None:
     """Write weights, configuration, tokenizer and image processor into one folder, whole or not at all."""
     with atomic_folder(folder) as new:
         weights = clip.state_dict()
         save_file(
             {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()},
             new / "model.safetensors",
+            metadata=None if learned_kind is None else {KIND: learned_kind},
         )
         clip.config.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -71,6 +83,13 @@ def _time_conditioned_clip(source: Pretrained, file: Path) -> Any:
         )
     clip.load_state_dict(found)
     return clip
+
+
+def _kind(file: Path) -> ScheduleKind:
+    if file.suffix != ".safetensors":
+        return "diffusion"
+    with safe_open(file, "pt") as weights:
+        return "flow" if (weights.metadata() or {}).get(KIND) == "flow" else "diffusion"
 
 
 def _read_config(location: str, **options: Any) -> CLIPConfig:

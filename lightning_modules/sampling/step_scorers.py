@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
+from lightning_modules.errors import ConfigError
 from lightning_modules.policies.base import DiffusionPolicy
 from lightning_modules.preference_views import check_latents
 from lightning_modules.rewards.base import LatentStepRewardModel, StepRewardModel
@@ -110,6 +111,15 @@ class StepAwareScorer(StepScorer):
 
     def score(self, candidates: StepCandidates) -> Float[Tensor, " n"]:
         return self.model.score(candidates.images, candidates.prompts, candidates.timesteps)
+
+    def check(self, policy: DiffusionPolicy) -> None:
+        known, given = self.model.learned_kind, policy.schedule.kind
+        if known is not None and known != given:
+            raise ConfigError(
+                f"StepAwareScorer: the model has learned the timesteps of a {known} schedule, and the policy "
+                f"{type(policy).__name__} has a {given} schedule, with other noise at equal timesteps; train one with "
+                "this policy (StepAwarePreferenceModule), or judge with RewardScorer"
+            )
 
 
 class LatentScorer(StepScorer):

@@ -11,10 +11,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Real
 from torch import Tensor
+
+# Timesteps of a table of betas, or levels of a rectified flow. Of equal timesteps the noise is another.
+ScheduleKind = Literal["diffusion", "flow"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,12 @@ class Schedule(ABC):
     """Noising, the network's target, and the sampler's step with its probability.
 
     Attributes:
+        kind: what its timesteps are.
         clean: the timestep at which a trajectory ends, below every other.
         divides_by_gain: whether log-ratios of its steps are divided by ``gain`` unless an objective says otherwise.
     """
 
+    kind: ClassVar[ScheduleKind]
     clean: int | float
     divides_by_gain: bool = False
 

@@ -35,6 +35,7 @@ class NoiseSchedule(Schedule):
         spacing, steps_offset: how ``trajectory`` picks its timesteps, as in diffusers.
     """
 
+    kind = "diffusion"
     clean = -1
 
     alphas_cumprod: Float[Tensor, " T"]

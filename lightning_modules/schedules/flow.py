@@ -64,6 +64,7 @@ class FlowSchedule(Schedule):
         num_timesteps: T.
     """
 
+    kind = "flow"
     clean = 0.0
     divides_by_gain = True
 
@@ -146,7 +147,7 @@ class FlowSchedule(Schedule):
     def signal_and_noise(self, timesteps: Real[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """1 - s and s."""
         level = self._level(timesteps)
-        return (1 - level).float(), level.float()
+        return (1 - level).float().to(timesteps.device), level.float().to(timesteps.device)
 
     def target(
         self, clean: Float[Tensor, "n c h w"], noise: Float[Tensor, "n c h w"], timesteps: Real[Tensor, " n"]
@@ -165,7 +166,7 @@ class FlowSchedule(Schedule):
         self, timesteps: Real[Tensor, " n"], next_timesteps: Real[Tensor, " n"], eta: float
     ) -> Float[Tensor, " n"]:
         """As ``rule`` says."""
-        return self.rule.std(self._level(timesteps), self._level(next_timesteps), eta).float()
+        return self.rule.std(self._level(timesteps), self._level(next_timesteps), eta).float().to(timesteps.device)
 
     def step_distribution(
         self,
@@ -179,8 +180,9 @@ class FlowSchedule(Schedule):
         level, next_level = self._level(timesteps), self._level(next_timesteps)
         std = self.rule.std(level, next_level, eta)
         factor = self.rule.noise_factor(level, next_level, std)
+        signal, factor, std = (number.float().to(timesteps.device) for number in (1 - next_level, factor, std))
         clean, noise = self.predict_clean(output, latents, timesteps)
-        return per_sample((1 - next_level).float()) * clean + per_sample(factor.float()) * noise, std.float()
+        return per_sample(signal) * clean + per_sample(factor) * noise, std
 
     def random_steps(self, trajectory: tuple[Step, ...]) -> int:
         """The last step ends at the picture and is certain with every rule that preserves coefficients."""
@@ -198,8 +200,13 @@ class FlowSchedule(Schedule):
             )
 
     def _level(self, timesteps: Real[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """s, fp64."""
-        return timesteps.double() / self.num_timesteps
+        """s, ``in_fp64``."""
+        return in_fp64(timesteps) / self.num_timesteps
+
+
+def in_fp64(values: Real[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """The same, on the CPU where the device has no such numbers (Apple's); elsewhere that would wait for the device."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def shifted(levels: Float[Tensor, "*n"], factor: float) -> Float[Tensor, "*n"]:
