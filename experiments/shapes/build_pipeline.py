@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from lightning_modules.weights.pretrained import Pretrained
 
 TOKENS = 12  # 8 words, start and end, and two to spare
 START, END = "<|startoftext|>", "<|endoftext|>"
+NETWORKS = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
 
 
 def words() -> list[str]:
@@ -142,22 +143,25 @@ def build(folder: Path, seed: int) -> None:
     pipeline.save_pretrained(folder)
 
 
-def assemble(folder: Path, sources: list[Path]) -> None:
+def assemble(folder: Path, sources: list[Path], networks: Mapping[str, Any]) -> None:
     """Fills the pipeline with the trained networks of other folders, the last one that has a network giving it.
 
-    UNet and autoencoder are stored in fp16.
+    Text encoders are stored in fp32, the others in fp16.
+
+    Args:
+        networks: the class of each network by its name in the pipeline.
 
     Raises:
         ConfigError: no folder has one of the networks, or its weights are not those of its configuration.
     """
-    for name, network in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+    for name, network in networks.items():
         found = [source / name for source in sources if (source / name / "config.json").is_file()]
         if not found:
             places = ", ".join(str(source) for source in sources)
             raise ConfigError(f"no trained {name} in {places}; train it first, or name the folder that holds it")
         # transformers loads weights in the type that they are stored in, diffusers in fp32: an fp16 text encoder
-        # would not fit its UNet in a plain from_pretrained. It is a twentieth of the folder.
-        dtype = torch.float32 if name == "text_encoder" else torch.float16
+        # would not fit its denoiser in a plain from_pretrained. It is a twentieth of the folder.
+        dtype = torch.float32 if name.startswith("text_encoder") else torch.float16
         trained = Pretrained.find(str(found[-1])).load_model(network, dtype)
         shutil.rmtree(folder / name)
         trained.save_pretrained(folder / name)
@@ -167,8 +171,15 @@ def assemble(folder: Path, sources: list[Path]) -> None:
         config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make(
+    argv: Sequence[str] | None, description: str, build: Callable[[Path, int], None], networks: Mapping[str, Any]
+) -> None:
+    """The command: ``build`` writes the pipeline into a folder from a seed, ``networks`` are what ``assemble`` fills.
+
+    Raises:
+        ConfigError: the folder exists, or as ``assemble``.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     parser.add_argument(
@@ -183,7 +194,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with atomic_folder(options.output) as unfinished:
         build(unfinished, options.seed)
         if options.trained:
-            assemble(unfinished, options.trained)
+            assemble(unfinished, options.trained, networks)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    make(argv, __doc__, build, NETWORKS)
 
 
 if __name__ == "__main__":

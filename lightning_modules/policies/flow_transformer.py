@@ -38,8 +38,8 @@ class FlowTransformer(LatentDiffusion):
         adaptation: what trains.
         transformer: another transformer: the folder or ``organisation/name/subfolder`` that holds its config.json.
         t5_tokens: length that prompts are padded or cut to for T5, which is given no mask: padding counts, and
-            embeddings depend on it. None is the pipeline's, 256 for SD3 and 512 for FLUX. It must be the same in
-            training, sampling and cached data.
+            embeddings depend on it. None is the pipeline's, 256 for SD3 and 512 for FLUX, or what T5's tokenizer says
+            that it takes, where that is less. It must be the same in training, sampling and cached data.
         image_size: side of the pictures it makes, in pixels; None is the model's own.
         levels: where training asks; None is ``LogitNormal``, as the official recipes have it.
         step_rule: how much noise a step draws that is asked for some; None is ``Ancestral``.
@@ -74,15 +74,27 @@ class FlowTransformer(LatentDiffusion):
             raise ConfigError(
                 f"{type(self).__name__}: single files are not supported; give a pipeline's folder or hub id"
             )
-        self.t5_tokens = self.pipeline_t5_tokens if t5_tokens is None else t5_tokens
-        if not 1 <= self.t5_tokens <= MAX_T5_TOKENS:
+        if t5_tokens is not None and not 1 <= t5_tokens <= MAX_T5_TOKENS:
             raise ConfigError(f"model.policy.t5_tokens must lie in 1 .. {MAX_T5_TOKENS}, got {t5_tokens}")
+        self._asked_t5_tokens = t5_tokens
         self._asked_size, self._levels, self._step_rule = image_size, levels, step_rule
         self._own_levels = self.pipeline_own_levels if own_levels is None else own_levels
         super().__init__(pretrained, adaptation, denoiser=transformer, **options)
 
     def encoding_settings(self) -> Mapping[str, Any]:
         return {"t5_tokens": self.t5_tokens}
+
+    def _load_t5(self, pipeline: Pretrained, number: int, dtype: torch.dtype, variant: str | None) -> tuple[Any, Any]:
+        """The T5 encoder ``text_encoder_<number>`` and its tokenizer; sets ``t5_tokens``.
+
+        Raises:
+            ConfigError: missing or damaged, or a tokenizer that knows more tokens than the encoder.
+        """
+        encoder = pipeline.component(f"text_encoder_{number}").load_model(T5EncoderModel, dtype, variant)
+        tokenizer = read_tokenizer(pipeline, f"tokenizer_{number}", encoder, T5Tokenizer)
+        own = min(self.pipeline_t5_tokens, tokenizer.model_max_length)
+        self.t5_tokens: int = own if self._asked_t5_tokens is None else self._asked_t5_tokens
+        return encoder, tokenizer
 
     def _load_schedule(self, pipeline: Pretrained) -> Schedule:
         self.scheduler_config = self._read_scheduler_config(pipeline)
@@ -113,16 +125,6 @@ class FlowTransformer(LatentDiffusion):
                 f"make the pictures' sides multiples of {PATCH * self.downscale} pixels (data.resolution)"
             )
         return Conditioning(embeds=cond.embeds, pooled=cond.pooled)  # no micro-conditioning
-
-
-def load_t5(pipeline: Pretrained, number: int, dtype: torch.dtype, variant: str | None) -> tuple[Any, Any]:
-    """The T5 encoder ``text_encoder_<number>`` and its tokenizer.
-
-    Raises:
-        ConfigError: missing or damaged, or a tokenizer that knows more tokens than the encoder.
-    """
-    encoder = pipeline.component(f"text_encoder_{number}").load_model(T5EncoderModel, dtype, variant)
-    return encoder, read_tokenizer(pipeline, f"tokenizer_{number}", encoder, T5Tokenizer)
 
 
 def token_ids(tokenizer: Any, prompts: list[str], length: int, cuts: CutPrompts) -> Int[Tensor, "n {length}"]:

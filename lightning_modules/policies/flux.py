@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 from lightning_modules.batches import Conditioning
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies.adaptation import Adaptation
-from lightning_modules.policies.flow_transformer import CLIP_CUTS, PATCH, T5_CUTS, FlowTransformer, load_t5, token_ids
+from lightning_modules.policies.flow_transformer import CLIP_CUTS, PATCH, T5_CUTS, FlowTransformer, token_ids
 from lightning_modules.weights.pretrained import Pretrained
 from lightning_modules.weights.tokenizers import read_tokenizer
 
@@ -59,7 +59,7 @@ class Flux(FlowTransformer):
     def _load_text(self, pipeline: Pretrained, variant: str | None, dtype: torch.dtype) -> None:
         self.text_encoder = pipeline.component("text_encoder").load_model(CLIPTextModel, dtype, variant)
         self.tokenizer = read_tokenizer(pipeline, "tokenizer", self.text_encoder)
-        self.text_encoder_2, self.tokenizer_2 = load_t5(pipeline, 2, dtype, variant)
+        self.text_encoder_2, self.tokenizer_2 = self._load_t5(pipeline, 2, dtype, variant)
 
     def _channels_read(self) -> int:
         return self.denoiser.config.in_channels // PATCH**2

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection
 
 from lightning_modules.batches import Conditioning
-from lightning_modules.policies.flow_transformer import CLIP_CUTS, T5_CUTS, FlowTransformer, load_t5, token_ids
+from lightning_modules.policies.flow_transformer import CLIP_CUTS, T5_CUTS, FlowTransformer, token_ids
 from lightning_modules.weights.pretrained import Pretrained
 from lightning_modules.weights.tokenizers import read_tokenizer
 
@@ -46,7 +46,7 @@ class StableDiffusion3(FlowTransformer):
         self.text_encoder_2 = second.load_model(CLIPTextModelWithProjection, dtype, variant)
         self.tokenizer = read_tokenizer(pipeline, "tokenizer", self.text_encoder)
         self.tokenizer_2 = read_tokenizer(pipeline, "tokenizer_2", self.text_encoder_2)
-        self.text_encoder_3, self.tokenizer_3 = load_t5(pipeline, 3, dtype, variant)
+        self.text_encoder_3, self.tokenizer_3 = self._load_t5(pipeline, 3, dtype, variant)
 
     def _encode_text(self, prompts: list[str]) -> Conditioning:
         clips = []
