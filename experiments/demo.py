@@ -73,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     trials = []
     for method in args.methods:
         for seed in args.seeds:
-            words = [*shlex.split(METHODS[method]), f"--seed_everything={seed}", *overrides]
+            words = [*shlex.split(METHODS[method]), f"--seed_everything={seed}"]
             if method in ON_PICTURES:
                 words += _pictures(args.data / "shapes", args.pairs, method, seed)
-            trials.append(Trial(method, args.runs / f"demo-{method}-seed{seed}", tuple(words)))
+            trials.append(Trial(method, args.runs / f"demo-{method}-seed{seed}", (*words, *overrides)))
     train_and_compare(trials, args.runs / "demo-comparison")
 
 

@@ -104,6 +104,14 @@ def test_a_seed_among_the_settings_is_refused(small):
         demo.main([*small, "--seed_everything=9"])
 
 
+def test_further_settings_have_the_last_word(monkeypatch, small):
+    monkeypatch.setattr(demo, "_pictures", lambda *_: ["--data.shards=drawn"])
+    trials = []
+    monkeypatch.setattr(demo, "train_and_compare", lambda given, _: trials.extend(given))
+    demo.main(["--methods", "dpo", *small[:4], "--data.shards=mine"])
+    assert trials[0].words[-1] == "--data.shards=mine"
+
+
 def test_runs_that_start_from_other_bases_are_refused_before_anything_is_drawn(tmp_path, small):
     with pytest.raises(ConfigError, match="--methods: dpo_flow, spo_flow start from the base as a flow"):
         demo.main(["--methods", "dpo_flow", "dpo", "spo_flow", *small])
