@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
+from typing import TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}, {remaining} left{postfix}"
 INTERVAL = 30.0  # seconds between plain lines; a log is read later, and a line per step drowns the rest
@@ -98,3 +101,11 @@ class Work:
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
+
+
+def tracked(items: Sequence[T], title: str) -> Iterator[T]:
+    """The items one by one, with a line of progress after each if it is time to."""
+    with Work(title, len(items), first_line=True) as work:
+        for item in items:
+            yield item
+            work.advance()

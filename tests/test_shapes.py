@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import experiments
 from datamodules.shapes.data import ShapesDataModule, ShapesPairs
 from datamodules.shapes.drawing import (
     as_unit,
@@ -246,6 +247,16 @@ def test_trained_parts_are_assembled(built: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="no trained vae in"):
         build_shapes_pipeline.main(["--output", str(tmp_path / "other"), "--trained", str(tmp_path)])
     assert not (tmp_path / "other").exists()
+
+
+def test_networks_named_untrained_keep_their_random_weights(built: Path, tmp_path: Path):
+    words = ["--trained", "embedded/shapes", "--untrained", "unet", "text_encoder"]
+    build_shapes_pipeline.main(["--output", str(tmp_path / "start"), *words])
+    start = StableDiffusionPipeline.from_pretrained(tmp_path / "start")
+    shipped = AutoencoderKL.from_pretrained(Path(experiments.__file__).parent / "embedded" / "shapes" / "vae")
+    assert all(torch.equal(value, shipped.state_dict()[key]) for key, value in start.vae.state_dict().items())
+    for name, file in (("unet", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")):
+        assert (built / name / file).read_bytes() == (tmp_path / "start" / name / file).read_bytes()
 
 
 def test_a_trained_part_without_some_weights_is_refused(built: Path, tmp_path: Path):

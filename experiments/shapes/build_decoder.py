@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 
 from datamodules.shapes.drawing import prompt_splits
@@ -26,6 +25,7 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_folder
 from lightning_modules.learning_rates import CosineWithWarmup
 from lightning_modules.policies import Frozen, StableDiffusion
+from lightning_modules.progress import tracked
 from lightning_modules.randomness import generator, randn
 from lightning_modules.sampling.pictures import initial_noise
 from lightning_modules.shapes.autoencoder import psnr
@@ -66,14 +66,14 @@ def train(decoder: Any, policy: StableDiffusion, rounds: int, steps: int, seed: 
     The loss is mean |error| + mean |difference of the errors of two neighbouring pixels|, as the autoencoder's.
     """
     prompts = prompt_splits()["train"]
-    drawn = [predictions(policy, prompts, (seed, "decoder", turn)) for turn in track(range(rounds), "sampling")]
+    drawn = [predictions(policy, prompts, (seed, "decoder", turn)) for turn in tracked(range(rounds), "sampling round")]
     latents = torch.cat(drawn)
     pictures = decoded(policy, latents)
     decoder.to(memory_format=torch.channels_last)  # half of the CPU time of convolutions this small
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=RATE, weight_decay=0.0)
     rate = CosineWithWarmup(optimizer, total_steps=steps, warmup_steps=steps // 20)
     draw = generator(seed, "decoder's batches")
-    for _ in track(range(steps), "learning to decode"):
+    for _ in tracked(range(steps), "learning to decode, step"):
         rows = torch.randint(len(latents), (BATCH,), generator=draw)
         error = decoder(latents[rows].contiguous(memory_format=torch.channels_last)) / 2 + 0.5 - pictures[rows]
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()

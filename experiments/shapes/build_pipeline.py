@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from experiments.cli.command import run_command
 from lightning_modules.errors import ConfigError
-from lightning_modules.files import atomic_folder
+from lightning_modules.files import atomic_folder, packaged
 from lightning_modules.shapes.world import SCENES, SIDE
 from lightning_modules.weights.pretrained import Pretrained
 
@@ -184,9 +184,16 @@ def make(
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     parser.add_argument(
         "--trained",
-        type=Path,
+        type=packaged,
         nargs="+",
         help="folders with trained networks to take instead of random ones; the last that has one gives it",
+    )
+    parser.add_argument(
+        "--untrained",
+        nargs="+",
+        default=[],
+        choices=networks,
+        help="networks that keep their random weights all the same",
     )
     options = parser.parse_args(argv)
     if options.output.exists():
@@ -194,7 +201,8 @@ def make(
     with atomic_folder(options.output) as unfinished:
         build(unfinished, options.seed)
         if options.trained:
-            assemble(unfinished, options.trained, networks)
+            taken = {name: network for name, network in networks.items() if name not in options.untrained}
+            assemble(unfinished, options.trained, taken)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

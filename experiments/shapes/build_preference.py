@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -27,6 +26,7 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_folder
 from lightning_modules.learning_rates import CosineWithWarmup
 from lightning_modules.preference_loss import agreement, preference_loss
+from lightning_modules.progress import tracked
 from lightning_modules.randomness import derive_seed
 from lightning_modules.rewards.clip import image_embeds, text_embeds, tokenize
 from lightning_modules.shapes.reward import ShapesReward
@@ -77,17 +77,22 @@ def drawn_pairs(step: int, seed: int) -> tuple[Float[Tensor, "n 3 h w"], list[st
     return images, prompts, torch.where(gap.abs() > TIE, (gap > 0).float(), torch.full_like(gap, 0.5))
 
 
-def train(clip: Any, tokenizer: Any, steps: int, seed: int) -> float:
-    """Train in place; the accuracy over the last tenth of the steps, each judged before it was learned from."""
+def train(clip: Any, tokenizer: Any, steps: int, seed: int, preferences: bool = True) -> float:
+    """Train in place; the accuracy over the last tenth of the steps, each judged before it was learned from.
+
+    Args:
+        preferences: False calls every pair a tie, so that only pictures and their prompts are learned.
+    """
     optimizer = torch.optim.AdamW(clip.parameters(), lr=RATE, weight_decay=0.05)
     rate = CosineWithWarmup(optimizer, total_steps=steps, warmup_steps=steps // 10)
     right = []
-    for step in track(range(steps), description="learning to prefer"):
+    for step in tracked(range(steps), "learning, step"):
         images, prompts, labels = drawn_pairs(step, seed)
         first, second = image_embeds(clip, images * 2 - 1).chunk(2)
         text = text_embeds(clip, *tokenize(tokenizer, prompts))
         scale, weights = clip.logit_scale.exp(), torch.ones_like(labels)
-        loss = preference_loss(first, second, text, scale, labels, weights, in_batch_negatives=True)
+        told = labels if preferences else torch.full_like(labels, 0.5)
+        loss = preference_loss(first, second, text, scale, told, weights, in_batch_negatives=True)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
@@ -97,10 +102,10 @@ def train(clip: Any, tokenizer: Any, steps: int, seed: int) -> float:
     return torch.stack(right[-max(1, steps // 10) :]).mean().item()
 
 
-def build(folder: Path, pipeline: str, steps: int, seed: int) -> None:
+def build(folder: Path, pipeline: str, steps: int, seed: int, preferences: bool) -> None:
     """Writes the trained CLIP model with tokenizer and image processor, in fp32."""
     clip, tokenizer = untrained(pipeline, seed)
-    accuracy = train(clip, tokenizer, steps, seed)
+    accuracy = train(clip, tokenizer, steps, seed, preferences)
     print(f"after {steps} steps it sides with the exact reward on {accuracy:.1%} of new pairs that are no ties")
     clip.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -118,13 +123,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pipeline", default="embedded/shapes", help="whose tokenizer and text encoder to take")
     parser.add_argument("--steps", type=int, default=2000, help=f"of {BATCH} new pairs each")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights and of all pictures")
+    parser.add_argument(
+        "--matching",
+        action="store_true",
+        help="learn which prompt a picture belongs to, as CLIP does, and no preference",
+    )
     options = parser.parse_args(arguments)
     if options.steps < 1:
         raise ConfigError(f"--steps must be at least 1, got {options.steps}")
     if options.output.exists():
         raise ConfigError(f"{options.output} exists already: name a new folder, or delete it first")
     with atomic_folder(options.output) as unfinished:
-        build(unfinished, options.pipeline, options.steps, options.seed)
+        build(unfinished, options.pipeline, options.steps, options.seed, not options.matching)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.progress import track
 
 from datamodules.shapes.drawing import as_unit, draw_imperfect, prompt_splits, random_numbers
 from experiments.cli.command import run_command
 from experiments.preparation.pickapic_schema import SCHEMA, label_of, pair_row
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_folder
+from lightning_modules.progress import tracked
 from lightning_modules.randomness import derive_seed
 from lightning_modules.shapes.reward import ShapesReward
 from lightning_modules.shapes.world import Scene
@@ -72,7 +72,7 @@ def prepare(output: Path, pairs: int, seed: int) -> None:
         atomic_folder(output) as unfinished,
         pq.ParquetWriter(unfinished / "train-00000-of-00001.parquet", SCHEMA) as writer,
     ):
-        for first in track(range(0, pairs, _BLOCK), description="drawing pairs"):
+        for first in tracked(range(0, pairs, _BLOCK), "drawing pairs, block"):
             block = rows(first, min(first + _BLOCK, pairs), seed, counts, captions)
             writer.write_table(pa.Table.from_pylist(block, schema=SCHEMA))
 
