@@ -11,7 +11,8 @@ The YAML names the variants by the words of ``experiments.run`` that make them:
       SPO: ""
       two candidates: --data.sampler.candidates=2
 
-Every run is a folder of its own, ``RUNS/ablation-FILE-VARIANT-seedN``; called again, the command goes on where it was
+``{seed}`` in a word is the run's seed, for data of its own. Every run is a folder of its own,
+``RUNS/ablation-FILE-VARIANT-seedN``; called again, the command goes on where it was
 stopped and trains nothing twice. ``--print`` writes the commands, one run per line, for a cluster. Further
 ``--key=value`` settings go to every training.
 """
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Trial(
             label,
             args.runs / f"ablation-{name}-{_slug(label)}-seed{seed}",
-            (*words, f"--seed_everything={seed}", *overrides),
+            (*(word.replace("{seed}", str(seed)) for word in words), f"--seed_everything={seed}", *overrides),
         )
         for label, words in variants.items()
         if label in (args.only or variants)

@@ -51,6 +51,16 @@ def test_each_variant_is_trained_and_judged_with_every_seed_and_all_are_compared
     assert called == [*expected, ("compare", *labelled, "--output", str(tmp_path / "runs" / "ablation-mine"))]
 
 
+def test_a_seed_may_have_data_of_its_own(tmp_path, called):
+    (tmp_path / "own.yaml").write_text("variants: {mine: '--config dpo_tiny --data.shards=pairs-{seed}'}")
+    ablate.main([str(tmp_path / "own.yaml"), "--seeds", "3", "4", "--runs", str(tmp_path / "runs")])
+    trained = [words for name, *words in called if name == "run" and words[0] != "test"]
+    assert [words[2:4] for words in trained] == [
+        ["--data.shards=pairs-3", "--seed_everything=3"],
+        ["--data.shards=pairs-4", "--seed_everything=4"],
+    ]
+
+
 def test_printed_commands_are_those_that_would_run(file, tmp_path, called, capsys):
     words = [str(file), "--seeds", "3", "--only", "Two of them", "--runs", str(tmp_path)]
     ablate.main([*words, "--print"])
