@@ -3,12 +3,13 @@
     python -m experiments.demo
     python -m experiments.demo --methods dpo spo shuffled --seeds 0 1 2
 
-What ``make demo`` runs is SPO, with the step-aware preference model that ships; ``d3po``, ``lpo`` and ``spo_flow`` draw
-their own pictures, too. The others learn from pictures that the base draws first and the exact reward orders: ``kto``
-from single ones, the rest from pairs. What ends in ``shuffled`` is a control: the judge's scores dealt at random
-(``shuffled`` is SPO's), or pairs ordered at random, anew for every seed. Every step is a command of its own, printed
-before it runs; a second call resumes where the first one stopped. Several runs are compared at the end. Further
-``--key=value`` settings go to every training, as with ``experiments.run``.
+What ``make demo`` runs is SPO, judged by the exact reward of the candidates' x0-predictions (``spo_exact``); ``spo``
+is judged by the step-aware preference model that ships. ``d3po``, ``lpo`` and ``spo_flow`` draw their own pictures,
+too. The others learn from pictures that the base draws first and the exact reward orders: ``kto`` from single ones,
+the rest from pairs. What ends in ``shuffled`` is a control: the judge's scores dealt at random (``shuffled`` is
+SPO's), or pairs ordered at random, anew for every seed. Every step is a command of its own, printed before it runs; a
+second call resumes where the first one stopped. Several runs are compared at the end. Further ``--key=value``
+settings go to every training, as with ``experiments.run``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from experiments.cli.command import run_command
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import resolved_path
 
+EXACT = "--config spo_tiny --data.sampler.threshold=0.15 --model.optimizer.lr=5e-5 --trainer.max_steps=60"
 # Settings as docs/results.md says they were chosen, where it does.
 METHODS = {
     "dpo": "--config dpo_tiny",
@@ -45,6 +47,9 @@ METHODS = {
     "spo": "--config spo_tiny",
     "spo_flow": "--config spo_flow_tiny",
     "shuffled": "--config spo_tiny --config spo_tiny_shuffled",
+    "spo_exact": f"{EXACT} --data.scorer=RewardScorer --data.scorer.reward=ShapesReward --data.scorer.scale=8.0",
+    "spo_exact_shuffled": f"{EXACT} --data.scorer=ShuffledScorer --data.scorer.scorer=RewardScorer"
+    " --data.scorer.scorer.reward=ShapesReward --data.scorer.scorer.scale=8.0",
     "spo_flow_shuffled": "--config spo_flow_tiny --data.scorer=ShuffledScorer --data.scorer.scorer=RewardScorer"
     " --data.scorer.scorer.reward=ShapesReward --data.scorer.scorer.scale=8.0",
 }
@@ -55,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["spo"], help="What to train (spo).")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["spo_exact"], help="What to train (spo_exact)."
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[42], metavar="SEED", help="Of the trainings (42).")
     parser.add_argument(
         "--data", type=resolved_path, default="data", help="Folder for the base's pictures (%(default)s)."

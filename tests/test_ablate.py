@@ -139,3 +139,22 @@ def test_the_packaged_variants_are_thirteen_different_experiments(capsys):
         "best",
         "worst",
     }
+
+
+def test_in_the_fair_comparison_a_control_differs_from_its_method_in_labels_alone(capsys):
+    found = {}
+    for label, words in ablate.read_ablation("fair_tiny")[1].items():
+        with pytest.raises(SystemExit) as ended:
+            run.main([*(word.replace("{seed}", "3") for word in words), "--print_config"])
+        assert ended.value.code in (0, None)
+        found[label] = yaml.safe_load(capsys.readouterr().out)
+        del found[label]["run_dir"]  # which every trial gets anew
+    dpo, coin, spo, shuffled = found.values()
+    pairs = "data/shapes/people-pairs", "data/shapes/people-2-pairs"
+    assert dpo["data"]["init_args"].pop("shards") == list(pairs)
+    assert coin["data"]["init_args"].pop("shards") == [f"{shards}-coin3" for shards in pairs]
+    judge, dealt = (run["data"]["init_args"].pop("scorer") for run in (spo, shuffled))
+    assert dealt["init_args"]["scorer"] == judge
+    assert judge["init_args"]["model"]["init_args"]["pretrained"] == "runs/people_spm/export/preference"
+    assert dpo == coin
+    assert spo == shuffled

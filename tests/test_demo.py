@@ -124,7 +124,7 @@ def test_every_methods_settings_are_a_config(method, capsys):
         run.main([*shlex.split(demo.METHODS[method]), "--print_config"])
     assert ended.value.code in (0, None)
     objective = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["objective"]["class_path"]
-    others = {**dict.fromkeys(("shuffled", "d3po", "lpo"), "SPO"), "sdpo": "Safeguard"}
+    others = {**dict.fromkeys(("shuffled", "d3po", "lpo", "spo_exact"), "SPO"), "sdpo": "Safeguard"}
     method = method if method == "shuffled" else method.removesuffix("_shuffled")
     expected = others.get(method, method.removesuffix("_flow").replace("_", ""))
     assert objective.split(".")[-1].lower() == expected.lower()
