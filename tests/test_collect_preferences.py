@@ -99,3 +99,9 @@ def test_settings_without_meaning(tmp_path, wrong):
     with pytest.raises(ConfigError, match="want --pairs of at least 1, --sharpness and --tie of at least 0"):
         collect.main(["--output", str(tmp_path / "people"), *wrong])
     assert not (tmp_path / "people").exists()
+
+
+def test_a_pipeline_named_twice_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--pipelines a a: one is named twice"):
+        collect.main(["--output", str(tmp_path / "people"), "--pipelines", "a", "a"])
+    assert not (tmp_path / "people").exists()

@@ -198,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.pairs < 1 or options.sharpness < 0 or options.tie < 0:
         raise ConfigError("want --pairs of at least 1, --sharpness and --tie of at least 0")
+    if len(set(options.pipelines)) < len(options.pipelines):
+        raise ConfigError(f"--pipelines {' '.join(options.pipelines)}: one is named twice; leave it out")
     with locked_folder(options.output, "wait for it, or name another --output"):
         policies = {name: StableDiffusion(name, Frozen()).eval() for name in options.pipelines}
         people, prompts = People(options.sharpness, options.tie), prompt_texts(options.prompts)
