@@ -6,6 +6,7 @@
 
 Each pair is the best and the worst of ``--candidates`` pictures of one prompt. A pair's pictures depend on the seed and
 the pair's number alone. Parts are written completely or not at all; the same command again makes the missing ones.
+``--workers`` shares the parts out to processes, by default one per GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache, partial
 
 import torch
 from jsonargparse import Namespace
@@ -65,33 +67,56 @@ def draw_pairs(
     return rows
 
 
-def prepare(settings: Namespace) -> None:
+@lru_cache(maxsize=1)
+def drawn_and_judged_by(words: tuple[str, ...]) -> tuple[Namespace, DiffusionPolicy, RewardModel, tuple[str, ...]]:
+    """What the command's words say, once per process: settings, policy and reward on its device, prompts."""
+    import_named({}, words)  # so that a reward's short name is known
+    parser = _parser()
+    with one_line("--reward"):
+        settings = parser.instantiate(parser.parse_args(list(words)))
+    policy = load_policy(settings.config)
+    return settings, policy, as_reward_model(settings.reward).to(policy.device), tuple(prompt_texts(settings.prompts))
+
+
+def rows_of(numbers: Sequence[int], words: tuple[str, ...]) -> list[dict[str, object]]:
+    """The rows of a batch, in this process or in a worker."""
+    settings, policy, reward, prompts = drawn_and_judged_by(words)
+    return draw_pairs(policy, reward, prompts, numbers, settings)
+
+
+def prepare(words: tuple[str, ...], workers: int) -> None:
     """Write the missing parts of the data set.
 
     Raises:
-        ConfigError: settings without meaning, or a folder that was begun with others.
+        ConfigError: a folder that was begun with other settings.
     """
-    if settings.pairs < 1 or settings.candidates < 2 or settings.batch_size < 1:
-        raise ConfigError("want --pairs of at least 1, --candidates of at least 2 and --batch_size of at least 1")
-    prompts, folder = prompt_texts(settings.prompts), resolved_path(settings.output)
-    policy = load_policy(settings.config)
-    reward = as_reward_model(settings.reward).to(policy.device)
+    drawn_and_judged_by.cache_clear()
+    settings, policy, reward, prompts = drawn_and_judged_by(words)
     job = {"config": settings.config, "seed": settings.seed, "pairs": settings.pairs, "tie": settings.tie,
            "candidates": settings.candidates, "prompts": derive_seed(*prompts), "sampler": repr(settings.sampler),
            "reward": type(reward).__name__, "reward's weights": fingerprint(reward, frozen_in_full=True),
            "policy's weights": fingerprint(policy, frozen_in_full=True)}  # fmt: skip
-    write_parts(
-        folder,
-        job,
-        settings.pairs,
-        settings.batch_size,
-        lambda numbers: draw_pairs(policy, reward, prompts, numbers, settings),
-    )
+    del policy, reward
+    if workers > 1:  # each process has its own, one of them on the same device
+        drawn_and_judged_by.cache_clear()
+        load_policy.cache_clear()
+    rows = partial(rows_of, words=words)
+    write_parts(resolved_path(settings.output), job, settings.pairs, settings.batch_size, rows, workers)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    words = list(sys.argv[1:] if argv is None else argv)
-    import_named({}, words)  # so that a reward's short name is known
+    words = tuple(sys.argv[1:] if argv is None else argv)
+    import_named({}, words)
+    parsed = _parser().parse_args(list(words))
+    if parsed.pairs < 1 or parsed.candidates < 2 or parsed.batch_size < 1:
+        raise ConfigError("want --pairs of at least 1, --candidates of at least 2 and --batch_size of at least 1")
+    if parsed.workers is not None and parsed.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {parsed.workers}")
+    with locked_folder(resolved_path(parsed.output), "wait for it, or name another --output"):
+        prepare(words, parsed.workers or max(1, torch.cuda.device_count()))
+
+
+def _parser() -> OneLineParser:
     parser = OneLineParser(prog="python -m experiments.prepare_feedback", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=str, required=True, help="experiment whose policy draws, as for run")
     parser.add_argument("--prompts", type=str, required=True, help="prompt file of any kind that run reads")
@@ -101,15 +126,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tie", type=float, default=0.0, help="scores closer than this make a tie")
     parser.add_argument("--batch_size", type=int, default=16, help="pairs drawn at a time")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int | None, default=None, help="processes; one per GPU where it is not given")
     parser.add_argument(
         "--reward", type=Reward, required=True, help="reward model, or function f(images, prompts) by its dotted name"
     )
     parser.add_class_arguments(Sampler, "sampler")
-    parsed = parser.parse_args(words)
-    with locked_folder(resolved_path(parsed.output), "wait for it, or name another --output"):
-        with one_line("--reward"):
-            settings = parser.instantiate(parsed)
-        prepare(settings)
+    return parser
 
 
 if __name__ == "__main__":

@@ -67,6 +67,21 @@ def test_a_pair_does_not_depend_on_its_batch_and_an_interrupted_command_goes_on(
         assert (pixels(one["jpg_0"]) - pixels(other["jpg_0"])).abs().max() <= 1 / 255
 
 
+def test_workers_share_the_parts_and_change_nothing(tmp_path, words, monkeypatch):
+    monkeypatch.setattr(preparation_parts, "PART", 2)
+    for workers in (1, 2):
+        prepare_feedback.main(words(f"of-{workers}", workers=workers))
+    alone, shared = (sorted((tmp_path / f"of-{workers}").glob("*.parquet")) for workers in (1, 2))
+    assert len(alone) == 3
+    assert [part.read_bytes() for part in alone] == [part.read_bytes() for part in shared]
+    shared[1].unlink()
+    prepare_feedback.main(words("of-2", workers=2))  # a single part is left: no process is started
+    assert shared[1].read_bytes() == alone[1].read_bytes()
+    with pytest.raises(ConfigError, match="--workers must be at least 1, got 0"):
+        prepare_feedback.main(words("none", workers=0))
+    assert not (tmp_path / "none").exists()
+
+
 def test_its_folder_becomes_shards(tmp_path, words):
     prepare_feedback.main(words())
     manifest = prepare_pickapic.main(["--input", str(tmp_path / "out"), "--output", str(tmp_path / "shards")])
@@ -118,12 +133,9 @@ def strange(values):
 @pytest.fixture
 def judged_by(monkeypatch, words):
     """``prepare_feedback`` with another reward than the command line's."""
-    prepare = prepare_feedback.prepare
 
     def run(reward, *arguments, **changes):
-        monkeypatch.setattr(
-            prepare_feedback, "prepare", lambda settings: (setattr(settings, "reward", reward), prepare(settings))
-        )
+        monkeypatch.setattr(prepare_feedback, "as_reward_model", lambda _: reward)
         prepare_feedback.main(words(*arguments, **changes))
 
     return run

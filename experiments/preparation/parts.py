@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from datamodules.shards.json_files import read_json, write_json
+from experiments.cli.workers import in_parallel
 from experiments.preparation.pickapic_schema import SCHEMA
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import atomic_file, clear_unfinished
@@ -21,8 +23,17 @@ from lightning_modules.terminal import literal
 PART = 256  # pairs per parquet file
 
 
+Rows = list[dict[str, Any]]
+Part = tuple[Path, range]  # its file, and the numbers of its rows
+
+
 def write_parts(
-    folder: Path, job: Mapping[str, Any], pairs: int, batch_size: int, rows_of: Callable[[range], list[dict[str, Any]]]
+    folder: Path,
+    job: Mapping[str, Any],
+    pairs: int,
+    batch_size: int,
+    rows_of: Callable[[range], Rows],
+    workers: int = 1,
 ) -> None:
     """Write the missing parts of the data set.
 
@@ -31,29 +42,43 @@ def write_parts(
         job: everything that decides the rows; kept as ``job.json``.
         pairs: rows in all.
         batch_size: rows asked for at a time.
-        rows_of: the rows of consecutive numbers, as ``SCHEMA`` has them.
+        rows_of: the rows of consecutive numbers, as ``SCHEMA`` has them; for several workers it can be pickled.
+        workers: processes that the parts are shared out to.
 
     Raises:
         ConfigError: a folder that was begun with another job, or holds something else.
     """
     _begin(folder, job)
     firsts = range(0, pairs, PART)
-    missing = {}
+    missing: list[Part] = []
     for first in firsts:
         path = folder / f"train-{first // PART:05d}-of-{len(firsts):05d}.parquet"
         numbers = range(first, min(first + PART, pairs))
         if not _is_complete(path, len(numbers)):
-            missing[path] = numbers
-    done = pairs - sum(map(len, missing.values()))
+            missing.append((path, numbers))
+    done = pairs - sum(len(numbers) for _, numbers in missing)
     with Work("drawing and scoring pair", pairs, done=done, first_line=True, keep=True) as work:
-        for path, numbers in missing.items():
-            rows = []
-            for start in range(0, len(numbers), batch_size):
-                batch = numbers[start : start + batch_size]
-                rows += rows_of(batch)
-                work.advance(len(batch))
-            with atomic_file(path) as file:
-                pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
+        if workers <= 1 or len(missing) <= 1:
+            for part in missing:
+                _write(part, batch_size, rows_of, work.advance)
+        else:
+            write = partial(_write, batch_size=batch_size, rows_of=rows_of)
+            kept = f"finished parts stay in {folder}"
+            for (_, numbers), _ in in_parallel(write, missing, workers, ["callbacks.evaluation.scores"], kept):
+                work.advance(len(numbers))
+
+
+def _write(
+    part: Part, batch_size: int, rows_of: Callable[[range], Rows], advance: Callable[[int], None] = lambda rows: None
+) -> None:
+    path, numbers = part
+    rows: Rows = []
+    for start in range(0, len(numbers), batch_size):
+        batch = numbers[start : start + batch_size]
+        rows += rows_of(batch)
+        advance(len(batch))
+    with atomic_file(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
 
 
 def _begin(folder: Path, job: Mapping[str, Any]) -> None:
