@@ -11,7 +11,7 @@ from callbacks.run_progress import RunProgress, trained_share
 from experiments.cli.closing import print_closing
 from lightning_modules import progress
 from lightning_modules.policies.lora import LoRA
-from lightning_modules.progress import Work
+from lightning_modules.progress import Work, tracked
 from lightning_modules.references import AdapterOff
 
 
@@ -60,6 +60,15 @@ def test_the_first_line_comes_with_the_first_part_where_it_is_asked_for(clock, c
             clock.seconds += 2
             work.advance()
     assert lines(capsys) == ["step 1 of 4, 0:00:02 so far, 0:00:06 left"]
+
+
+def test_items_are_counted_when_they_are_done(clock, capsys):
+    for n in tracked([3, 4, 5], "piece"):
+        clock.seconds += n
+    assert lines(capsys) == ["piece 1 of 3, 0:00:03 so far, 0:00:06 left"]
+    for _ in tracked([31, 31], "piece"):
+        clock.seconds += 31
+    assert [line.split(",")[0] for line in lines(capsys)] == ["piece 1 of 2", "piece 2 of 2"]
 
 
 def test_what_an_earlier_start_did_counts_as_done_but_not_for_the_speed(clock, capsys):

@@ -1,0 +1,27 @@
+"""The tables of docs/results.md are those that ``experiments.compare`` makes of the files that its final runs left."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import compare
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "results.md").read_text()
+RUNS = ROOT / "docs" / "results"
+FAIR = {
+    "DPO": "fair_tiny-dpo",
+    "DPO, pairs ordered by a coin": "fair_tiny-dpo-pairs-ordered-by-a-coin",
+    "SPO": "fair_tiny-spo",
+    "SPO, scores shuffled": "fair_tiny-spo-scores-shuffled",
+}
+EXACT = {"spo_exact": "spo_exact", "spo_exact_shuffled": "spo_exact_shuffled"}  # as experiments.demo names them
+
+
+@pytest.mark.parametrize(("methods", "seeds"), [(FAIR, range(5)), (EXACT, range(3))], ids=["people", "exact reward"])
+def test_every_row_of_the_final_runs_is_on_the_page(tmp_path, methods, seeds):
+    words = [f"{label}={RUNS / folder}-seed{seed}" for label, folder in methods.items() for seed in seeds]
+    compare.main([*words, "--split", "test", "--output", str(tmp_path)])
+    rows = [line for line in (tmp_path / "tables.md").read_text().splitlines() if line.startswith("|")]
+    assert len(rows) > 2 * len(words)
+    assert [row for row in rows if row not in PAGE] == []
