@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from experiments.shapes import build_people, collect_preferences, measure_judges
+from experiments import build_people
+from experiments.shapes import collect_preferences, measure_judges
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies import Frozen, StableDiffusion
 from lightning_modules.sampling.step_scorers import RandomScorer, RewardScorer

@@ -1,6 +1,6 @@
 """People's preferences, and a judge that learns from them alone: where the fair comparison of docs/results.md starts.
 
-    python -m experiments.shapes.build_people
+    python -m experiments.build_people
     python -m experiments.ablate fair_tiny --seeds 0 1 2 3 4
 
 Every step is a command of its own, printed before it runs; what is there already is not made again:
@@ -34,7 +34,7 @@ JUDGE = ("--model.optimizer.lr=1e-4", "--trainer.max_steps=800", "--trainer.val_
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.shapes.build_people",
+        prog="python -m experiments.build_people",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
