@@ -100,7 +100,7 @@ def test_a_file_that_says_something_else_is_refused_in_one_line(tmp_path, called
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["spo_tny"], r"ablation 'spo_tny' \(did you mean 'spo_tiny'\?\): no file, and none of spo_tiny"),
+        (["spo_tny"], r"ablation 'spo_tny' \(did you mean 'spo_tiny'\?\): no file, and none of fair_tiny, spo_tiny"),
         (
             ["spo_tiny", "--seed_everything=9"],
             "the command line gives --seed_everything, which this command sets itself",
