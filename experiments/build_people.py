@@ -3,7 +3,8 @@
     python -m experiments.build_people
     python -m experiments.ablate fair_tiny --seeds 0 1 2 3 4
 
-Every step is a command of its own, printed before it runs; what is there already is not made again:
+Every step is a command of its own, printed before it runs. A second call makes what is missing: preferences that were
+begun with other settings are refused, a pipeline or a CLIP that is there is taken as it is, and named.
 
 - an early checkpoint: the base's denoiser and text encoder after 1500 steps of training, on the base's autoencoder;
 - preferences (``collect_preferences``) between pictures of the early and the late checkpoint and of an artist, two sets
@@ -19,16 +20,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from experiments import prepare_pickapic, relabel, run
 from experiments.ablate import show
 from experiments.cli.command import run_command
 from experiments.shapes import build_pipeline, build_preference, collect_preferences
+from lightning_modules.terminal import literal
 
 EARLY = 1500  # steps of the early checkpoint; the base had 5000
 TRAIN = {"people": (0, 4096), "people-2": (2, 4096)}  # seed and pairs of each set
 VALIDATION = {"people-val": (1, 512)}
 MATCHING = 3000  # steps of the CLIP's training
-# Of three tries: from 3500 pairs at 3e-4, 0.641 over five timesteps at step 500; from 7000 pairs at 1e-4, 0.650 at 600.
+# Of two tries: from 3500 pairs at 3e-4, 0.641 over five timesteps at step 500; from 7000 pairs at 1e-4, 0.650 at 600.
 JUDGE = ("--model.optimizer.lr=1e-4", "--trainer.max_steps=800", "--trainer.val_check_interval=100")
 
 
@@ -55,8 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def unless(made: Path, command: Callable[..., Any], name: str, *words: Any) -> None:
-    """Run a command, unless what it makes is there."""
-    if not made.exists():
+    """Run a command that refuses a folder that exists, unless what it makes is there."""
+    if made.exists():
+        Console().print(literal(f"{made} is there already and is taken as it is"), soft_wrap=True)
+    else:
         show(command, name, *words)
 
 
@@ -73,16 +79,15 @@ def early_checkpoint(folder: Path) -> None:
 def preferences(folder: Path, seed: int, pairs: int) -> None:
     shards = folder.with_name(f"{folder.name}-pairs")
     made = ["--pipelines", "embedded/shapes", "runs/early", f"--seed={seed}", f"--pairs={pairs}", "--output", folder]
-    unless(shards / "manifest.json", collect_preferences.main, "shapes.collect_preferences", *made)
-    prepared = ["--input", folder, "--output", shards]
-    unless(shards / "manifest.json", prepare_pickapic.main, "prepare_pickapic", *prepared)
+    show(collect_preferences.main, "shapes.collect_preferences", *made)
+    show(prepare_pickapic.main, "prepare_pickapic", "--input", folder, "--output", shards)
 
 
 def coin(shards: Path, seed: int) -> None:
     """The same pairs, ordered at random: what a control learns from."""
     output = shards.with_name(f"{shards.name}-coin{seed}")
     words = ["--shards", shards, "--reward=RandomReward", f"--reward.seed={seed}", "--output", output]
-    unless(output / "manifest.json", relabel.main, "relabel", *words)
+    show(relabel.main, "relabel", *words)
 
 
 def judge(clip: Path, folder: Path) -> None:

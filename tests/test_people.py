@@ -54,8 +54,15 @@ def test_the_road_from_labels_to_the_judge_is_one_command_that_makes_nothing_twi
         for name in ("early", "early_start")
     )
     assert early != start
+    shards = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*.tar")}
     build_people.main(["--seeds", "7"])
-    assert names(capsys) == ["run"]  # the judge's, which is at its end
+    told = capsys.readouterr().out
+    assert told.count("is there already and is taken as it is") == 4
+    assert "shapes.build_" not in told
+    assert {path: path.read_bytes() for path in (tmp_path / "data").rglob("*.tar")} == shards
+    monkeypatch.setattr(build_people, "VALIDATION", {"people-val": (9, 12)})
+    with pytest.raises(ConfigError, match=r"people-val was begun with other settings \(seed;"):
+        build_people.main(["--seeds", "7"])
 
 
 def collected(folder, *words):
