@@ -28,7 +28,7 @@ from experiments.cli.compose import import_named
 from experiments.cli.configured_policy import load_policy
 from experiments.cli.experiment_cli import OneLineParser
 from experiments.cli.setting_errors import one_line
-from experiments.preparation.parts import write_parts
+from experiments.preparation.parts import MakeRow, write_parts
 from experiments.preparation.pickapic_schema import label_of, pair_row
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import resolved_path
@@ -43,8 +43,8 @@ from lightning_modules.sampling.pictures import Sampler
 
 def draw_pairs(
     policy: DiffusionPolicy, reward: RewardModel, prompts: Sequence[str], numbers: Sequence[int], settings: Namespace
-) -> list[dict[str, object]]:
-    """The rows of the pairs ``numbers``: best and worst of each prompt's candidates, in random order."""
+) -> list[MakeRow]:
+    """What makes the rows of the pairs ``numbers``: best and worst of each prompt's candidates, in random order."""
     k = settings.candidates
     texts = [prompts[number % len(prompts)] for number in numbers for _ in range(k)]
     keys = [(settings.seed, "feedback", number, i) for number in numbers for i in range(k)]
@@ -55,7 +55,7 @@ def draw_pairs(
     found = score_rows([reward], images, texts, "the policy", "use another reward or policy", parts=False)
     scores = torch.tensor([row[reward.name] for row in found]).reshape(-1, k)
     examples = Counter(prompts[number % len(prompts)] for number in range(settings.pairs))
-    rows = []
+    rows: list[MakeRow] = []
     for number, candidates, values in zip(numbers, pictures, scores):
         caption = prompts[number % len(prompts)]
         # Where all scores are equal both would be the first picture.
@@ -63,7 +63,8 @@ def draw_pairs(
         if derive_seed(settings.seed, "feedback order", number) % 2:
             chosen.reverse()  # so that nothing can be learnt from which picture comes first
         label, made_by = label_of(values[chosen].tolist(), settings.tie), (reward.name, reward.name)
-        rows.append(pair_row(number, settings.seed, caption, candidates[chosen], label, examples[caption], made_by))
+        pair = number, settings.seed, caption, candidates[chosen], label, examples[caption], made_by
+        rows.append(partial(pair_row, *pair))
     return rows
 
 
@@ -78,8 +79,8 @@ def drawn_and_judged_by(words: tuple[str, ...]) -> tuple[Namespace, DiffusionPol
     return settings, policy, as_reward_model(settings.reward).to(policy.device), tuple(prompt_texts(settings.prompts))
 
 
-def rows_of(numbers: Sequence[int], words: tuple[str, ...]) -> list[dict[str, object]]:
-    """The rows of a batch, in this process or in a worker."""
+def rows_of(numbers: Sequence[int], words: tuple[str, ...]) -> list[MakeRow]:
+    """What makes the rows of a batch, in this process or in a worker."""
     settings, policy, reward, prompts = drawn_and_judged_by(words)
     return draw_pairs(policy, reward, prompts, numbers, settings)
 

@@ -89,7 +89,8 @@ def test_pairs_are_of_one_prompt_and_two_makers_and_go_real_datas_road(tmp_path,
 def test_every_pair_has_pictures_and_noise_of_its_own():
     artists = [collect.Maker(name, collect.artist) for name in ("one", "another")]
     nobody, prompt = collect.People(sharpness=0.0, tie=0.0), "one large red circle on a white background"
-    rows = collect.Collection([prompt], artists, nobody, pairs=40, seed=0).rows(range(40))
+    made = collect.Collection([prompt], artists, nobody, pairs=40, seed=0).rows(range(40))
+    rows = [make() for make in made]
     assert len({row[side] for row in rows for side in ("jpg_0", "jpg_1")}) == 80
     assert 0.2 < share([row["label_0"] for row in rows], 1.0) < 0.8
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
@@ -60,28 +61,37 @@ def draw(
 
 
 def write_pictures(images: Float[Tensor, "n 3 H W"], prompts: Sequence[str], files: Sequence[Path]) -> None:
-    """Write each picture as PNG, complete or not at all; see ``eight_bit``."""
-    for pixels, file in zip(eight_bit(images, prompts), files, strict=True):
-        with atomic_file(file) as stream:
-            stream.write(png(pixels))
+    """Write each picture as PNG, complete or not at all; see ``eight_bit``. Encoded in threads."""
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(_write, eight_bit(images, prompts), files))
+
+
+def _write(pixels: UInt8[np.ndarray, "H W 3"], file: Path) -> None:
+    with atomic_file(file) as stream:
+        stream.write(png(pixels))
 
 
 def read_pictures(files: Sequence[Path]) -> Float[Tensor, "n 3 H W"]:
     """What ``write_pictures`` wrote, in [0, 1]: exactly what a file holds, so that its scores can be made again.
 
+    Decoded in threads.
+
     Raises:
         DataError: a file that is damaged, or of another size than the others.
     """
-    pictures = []
-    for file in files:
-        try:
-            with Image.open(file) as opened:
-                pictures.append(torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"picture {file} is damaged ({error}); delete it, and it is drawn again") from error
+    with ThreadPoolExecutor() as threads:
+        pictures = list(threads.map(_read, files))
     if len({picture.shape for picture in pictures}) > 1:
         raise DataError(f"pictures in {files[0].parent} have different sizes; delete them, and they are drawn again")
     return torch.stack(pictures).float() / 255
+
+
+def _read(file: Path) -> UInt8[Tensor, "3 H W"]:
+    try:
+        with Image.open(file) as opened:
+            return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"picture {file} is damaged ({error}); delete it, and it is drawn again") from error
 
 
 def alignment(module: pl.LightningModule, who: str) -> AlignmentModule:

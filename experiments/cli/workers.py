@@ -1,11 +1,12 @@
-"""Jobs shared out to worker processes, which end with the one that started them."""
+"""Jobs shared out to worker processes, which end with the one that started them; what is read ahead in a thread."""
 
 from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from typing import TypeVar
 
 from experiments.cli.orphans import end_with
@@ -13,6 +14,7 @@ from lightning_modules.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 def in_parallel(
@@ -48,3 +50,12 @@ def in_parallel(
         pool.shutdown(cancel_futures=True)
         ours.close()
         theirs.close()
+
+
+def batches_ahead(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Batches of ``size``, the last may have fewer; each is read, in a thread, while the one before is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(lambda: list(islice(items, size)))
+        while batch := coming.result():
+            coming = reader.submit(lambda: list(islice(items, size)))
+            yield batch

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from datamodules.shards.manifest import LatentsKey
 from datamodules.shards.samples import latent_members
+from experiments.cli.workers import batches_ahead
 from experiments.preparation.pickapic_rows import Pair
 from lightning_modules.errors import ConfigError
 
@@ -38,7 +38,8 @@ def encoded(
 ) -> Iterator[tuple[int, dict[str, bytes]]]:
     """Samples of latents and prompt embeddings, of pairs with decoded pictures.
 
-    Latents are the mean of the VAE's posterior, scaled. Each caption's embeddings are stored once a shard.
+    Latents are the mean of the VAE's posterior, scaled. Each caption's embeddings are stored once a shard. Pictures are
+    decoded while those before are encoded.
     """
     import torch
 
@@ -47,8 +48,9 @@ def encoded(
     transform, dtype = PairTransform(key.resolution), getattr(torch, key.dtype)
     stored: dict[str, int] = {}
     count = 0
-    while batch := list(islice(pairs, ENCODE_BATCH)):
-        squares = [transform(*pair.images, None) for pair in batch if pair.images is not None]
+    ready = ((pair, transform(*pair.images, None)) for pair in pairs if pair.images is not None)
+    for both in batches_ahead(ready, ENCODE_BATCH):
+        batch, squares = zip(*both, strict=True)
         images = torch.stack([square[0] for square in squares] + [square[1] for square in squares])
         latents = policy.encode_images(images.to(policy.device)).to("cpu", dtype)
         embeds = _embeds(policy, [pair.info["caption"] for pair in batch], dtype)

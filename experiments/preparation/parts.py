@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lightning_modules.terminal import literal
 PART = 256  # pairs per parquet file
 
 
-Rows = list[dict[str, Any]]
+MakeRow = Callable[[], dict[str, Any]]
 Part = tuple[Path, range]  # its file, and the numbers of its rows
 
 
@@ -32,7 +33,7 @@ def write_parts(
     job: Mapping[str, Any],
     pairs: int,
     batch_size: int,
-    rows_of: Callable[[range], Rows],
+    rows_of: Callable[[range], Sequence[MakeRow]],
     workers: int = 1,
 ) -> None:
     """Write the missing parts of the data set.
@@ -42,7 +43,8 @@ def write_parts(
         job: everything that decides the rows; kept as ``job.json``.
         pairs: rows in all.
         batch_size: rows asked for at a time.
-        rows_of: the rows of consecutive numbers, as ``SCHEMA`` has them; for several workers it can be pickled.
+        rows_of: what makes the rows of consecutive numbers, as ``SCHEMA`` has them, called in threads while the next
+            ones are asked for; for several workers it can be pickled.
         workers: processes that the parts are shared out to.
 
     Raises:
@@ -69,14 +71,19 @@ def write_parts(
 
 
 def _write(
-    part: Part, batch_size: int, rows_of: Callable[[range], Rows], advance: Callable[[int], None] = lambda rows: None
+    part: Part,
+    batch_size: int,
+    rows_of: Callable[[range], Sequence[MakeRow]],
+    advance: Callable[[int], None] = lambda rows: None,
 ) -> None:
     path, numbers = part
-    rows: Rows = []
-    for start in range(0, len(numbers), batch_size):
-        batch = numbers[start : start + batch_size]
-        rows += rows_of(batch)
-        advance(len(batch))
+    with ThreadPoolExecutor() as threads:
+        made = []
+        for start in range(0, len(numbers), batch_size):
+            batch = numbers[start : start + batch_size]
+            made += [threads.submit(make) for make in rows_of(batch)]
+            advance(len(batch))
+        rows = [row.result() for row in made]
     with atomic_file(path) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
 

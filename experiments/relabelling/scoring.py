@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from datamodules.shards.manifest import ShardInfo
 from datamodules.shards.reader import ShardSet
 from datamodules.shards.samples import Sample, pixel_members
 from datamodules.shards.writer import write_shard
+from experiments.cli.workers import batches_ahead
 from experiments.relabelling.agreement import Agrees, Judged
 from lightning_modules.errors import UserError
 from lightning_modules.rewards.base import RewardModel
@@ -117,7 +117,7 @@ class Relabelling:
     ) -> Iterator[tuple[int, dict[str, bytes]]]:
         """The new samples with their numbers; what is dropped goes into ``result``."""
         agrees = self.settings.agrees
-        for batch in _ahead(_read(self.shards, number, result, agrees is not None), self.settings.batch_size):
+        for batch in batches_ahead(_read(self.shards, number, result, agrees is not None), self.settings.batch_size):
             for pair, scores in zip(batch, score_pairs(self.reward, batch, self.device), strict=True):
                 result.judged.append(Judged(pair.human, *scores))
                 if agrees is not None:
@@ -137,15 +137,6 @@ class Relabelling:
                 yield int(pair.sample.key), ordered_members(pair, scores, self.reward.name)
             advance(len(batch))
         advance(self.shards.sizes[number] - len(result.judged))
-
-
-def _ahead(pairs: Iterator[ReadPair], size: int) -> Iterator[list[ReadPair]]:
-    """Batches, each of which is read while the one before is scored."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(lambda: list(islice(pairs, size)))
-        while batch := coming.result():
-            coming = reader.submit(lambda: list(islice(pairs, size)))
-            yield batch
 
 
 def _read(shards: ShardSet, number: int, result: ShardResult, as_stored: bool) -> Iterator[ReadPair]:

@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -38,7 +37,7 @@ from datamodules.prompts import prompt_texts
 from datamodules.shapes.drawing import as_unit, draw_imperfect, random_numbers
 from datamodules.shards.pictures import decode_picture
 from experiments.cli.command import run_command
-from experiments.preparation.parts import PART, write_parts
+from experiments.preparation.parts import PART, MakeRow, write_parts
 from experiments.preparation.pickapic_schema import pair_row
 from experiments.shapes.prepare import MISREAD
 from lightning_modules.errors import ConfigError
@@ -119,8 +118,8 @@ class Collection:
     pairs: int
     seed: int
 
-    def rows(self, numbers: range) -> list[dict[str, Any]]:
-        """The rows ``numbers``. Each maker draws all of its pictures at once."""
+    def rows(self, numbers: range) -> list[MakeRow]:
+        """What makes the rows ``numbers``. Each maker draws all of its pictures at once."""
         captions = [self.prompts[j % len(self.prompts)] for j in numbers]
         makers = [self._two_makers(j) for j in numbers]
         pictures = self._pictures(numbers, captions, makers)
@@ -128,8 +127,8 @@ class Collection:
         labels = self.people.choose(rewards, [(self.seed, "people's choice", j) for j in numbers])
         examples = Counter(self.prompts[j % len(self.prompts)] for j in range(self.pairs))
         return [
-            pair_row(j, self.seed, captions[i], pictures[i], labels[i], examples[captions[i]],
-                     (makers[i][0].name, makers[i][1].name))
+            partial(pair_row, j, self.seed, captions[i], pictures[i], labels[i], examples[captions[i]],
+                    (makers[i][0].name, makers[i][1].name))
             for i, j in enumerate(numbers)
         ]  # fmt: skip
 
