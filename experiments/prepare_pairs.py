@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Manifest:
 def _write_rows(file: Path, pairs: Iterator[FilePair]) -> int:
     """Write pairs in Pick-a-Pic's form, files by their path; their number."""
     digest, count = hashlib.blake2b(digest_size=16), 0
-    with pq.ParquetWriter(file, _SCHEMA, compression="none") as writer:
+    with pq.ParquetWriter(file, _SCHEMA, compression="none", use_dictionary=False, write_statistics=False) as writer:
         while block := list(islice(pairs, BLOCK)):
             rows = [_row(pair) for pair in block]
             for pair, row in zip(block, rows, strict=True):

@@ -77,7 +77,7 @@ def _picture(value: Mapping[str, Any], folder: Path) -> bytes | None:
         return value["bytes"]
     try:
         with open(os.path.join(folder, value["path"]), "rb", buffering=0) as file:  # noqa: PTH118, PTH123  # twice as fast
-            return file.readall()
+            return file.read(os.fstat(file.fileno()).st_size)
     except OSError:
         return None
 

@@ -121,7 +121,7 @@ def _grouped(sizes: Sequence[int], at_least: int) -> Iterator[tuple[int, ...]]:
 
 def _rows(unit: Unit, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The unit's rows, with their position in the whole input, as far as it has the wanted columns."""
-    number, end = unit.first_row, unit.first_row + unit.rows
+    number, end, folder = unit.first_row, unit.first_row + unit.rows, Path(unit.path).parent
     with open_parquet(unit.path) as file:
         columns = [name for name in wanted if name in file.schema_arrow.names]
         batches = file.iter_batches(READ_BATCH, list(unit.row_groups), columns, use_threads=False)
@@ -129,7 +129,7 @@ def _rows(unit: Unit, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, An
             for row in batch.to_pylist():
                 if number == end:
                     return
-                yield number, plain(row, MEANING, Path(unit.path).parent)
+                yield number, plain(row, MEANING, folder)
                 number += 1
 
 
