@@ -59,7 +59,7 @@ def index(batch):
 
 @pytest.fixture(scope="module")
 def step(size, networks, device):
-    """Pixels and cached latents of one batch, and the three steps on them."""
+    """Pixels and cached latents of one batch, and the steps on them."""
     own = policy(size, networks, FullFineTuning(), device)
     module = AlignmentModule(own, DPO(beta=BETA), FrozenCopy()).to(device)
     module.setup("fit")
@@ -73,9 +73,10 @@ def step(size, networks, device):
     latents = [own.encode_images(part.to(device)) for part in pictures]
     cached = LatentPairs(*latents, prompts, pixels.chosen_time_ids, pixels.rejected_time_ids, torch.arange(b),
                          own.encode_prompts(prompts))  # fmt: skip
-    optimizer = torch.optim.AdamW(own.unet.parameters(), lr=0.0, weight_decay=0.0)
 
-    def with_loss(loss):
+    def with_loss(loss, fused=None):
+        optimizer = torch.optim.AdamW(own.unet.parameters(), lr=0.0, weight_decay=0.0, fused=fused)
+
         def run():
             value = loss()
             value.backward()
@@ -89,6 +90,7 @@ def step(size, networks, device):
     return {
         "official": with_loss(lambda: official.loss(pixels)),
         "pixels": with_loss(lambda: module.compute_loss(pixels, "train").loss),
+        "pixels, fused AdamW": with_loss(lambda: module.compute_loss(pixels, "train").loss, fused=True),
         "cached": with_loss(lambda: module.compute_loss(cached, "train").loss),
     }
 
@@ -98,7 +100,8 @@ def test_a_training_step(step, rounds, clock, rows):
     (loss, gradient), (expected, wanted) = timings.results["pixels"], timings.results["official"]
     assert loss == pytest.approx(expected, abs=1e-3)
     assert (gradient - wanted).abs().max() <= 1e-3 * wanted.abs().max()
-    rows.ratio("DPO training step from pixels", timings, "official", "pixels")
+    for way in ("pixels", "pixels, fused AdamW"):
+        rows.ratio(f"DPO training step from {way}", timings, "official", way)
     rows.ratio("DPO training step from cached latents", timings, "official", "cached")
 
 
