@@ -72,15 +72,18 @@ class SampleGrid(PolicyEvaluation):
         self.sampler, self.every_n_steps = sampler, every_n_steps
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
         self._reference: list[np.ndarray] | None = None
+        self._tested: Path | None = None
 
     def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.draw(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        path = self.draw(trainer, pl_module)
-        if trainer.is_global_zero:
+        self._tested = self.draw(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:  # below what other callbacks have printed
             rows = "policy above, reference below" if self._reference else "policy"
-            Console().print(literal(f"pictures ({rows}): {path}"), soft_wrap=True)
+            Console().print(literal(f"pictures ({rows}): {self._tested}"), soft_wrap=True)
 
     def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path:
         """Make, write and log one grid; all ranks must call it. Returns its path."""

@@ -398,7 +398,8 @@ def test_fit_test_predict_and_an_exact_resume(folder, world, capsys):
     run.main(["test", "--config", str(world)])
     printed = capsys.readouterr().out
     assert "test prompts, step 4" in printed
-    assert "policy above, reference below): runs/tiny/samples/test_step=0000004.png" in printed
+    last = "pictures (policy above, reference below): runs/tiny/samples/test_step=0000004.png"
+    assert printed.splitlines()[-1] == last  # below the table, where one looks
     history = json.loads((folder / "runs" / "tiny" / "win_rate.json").read_text())
     assert [(entry["split"], entry["step"]) for entry in history] == [("val", 3), ("val", 4), ("test", 4)]
     assert history[-1]["comparisons"]["shapes"]["n"] == 5
