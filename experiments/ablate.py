@@ -24,16 +24,15 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from experiments import compare, run
 from experiments.cli.command import run_command
 from experiments.cli.compose import nearest
+from experiments.cli.packaged import packaged, read_packaged
 from lightning_modules.errors import ConfigError
 from lightning_modules.files import resolved_path
 from lightning_modules.terminal import literal
@@ -112,27 +111,13 @@ def show(command: Callable[[Sequence[str]], Any], name: str, *words: Any) -> Non
     command(argv)
 
 
-def packaged_ablations() -> list[str]:
-    """Names of those that ship."""
-    folder = resources.files("experiments") / "ablations"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
 def read_ablation(name: str) -> tuple[str, dict[str, tuple[str, ...]]]:
     """An ablation by its file, or by its name if it ships: its short name, and each variant's words.
 
     Raises:
         ConfigError: no such file, or one that holds something else.
     """
-    packaged = Path(str(resources.files("experiments"))) / "ablations" / f"{name}.yaml"
-    path = packaged if packaged.is_file() and not Path(name).is_file() else Path(name).expanduser()
-    if not path.is_file():
-        known = packaged_ablations()
-        raise ConfigError(f"ablation {name!r}{nearest(name, known)}: no file, and none of {', '.join(known)}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        raise ConfigError(f"ablation {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    path, tree = read_packaged("ablation", "ablations", name)
     return path.stem, _variants(path, tree)
 
 
@@ -177,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m experiments.ablate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Packaged ablations: {', '.join(packaged_ablations())}.",
+        epilog=f"Packaged ablations: {', '.join(packaged('ablations'))}.",
         allow_abbrev=False,
     )
     parser.add_argument("ablation", help="YAML file, or the name of a packaged one")

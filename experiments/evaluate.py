@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from experiments.cli.command import run_command
+from experiments.cli.packaged import packaged
 from experiments.evaluation.export_layouts import KINDS, planned
-from experiments.evaluation.protocols import packaged_protocols, read_protocol, with_prompts
+from experiments.evaluation.protocols import read_protocol, with_prompts
 from lightning_modules.files import resolved_path
 from lightning_modules.folder_lock import locked_folder
 from lightning_modules.progress import Work
@@ -144,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.evaluate",
         description=description,
-        epilog=f"{example}\n{DETAILS}\nPackaged protocols: {', '.join(packaged_protocols())}.",
+        epilog=f"{example}\n{DETAILS}\nPackaged protocols: {', '.join(packaged('protocols'))}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from datamodules.prompt_sets import PUBLISHED, PublishedSet, difference, prompts_hash
 from datamodules.prompts import prompt_texts
 from experiments.cli.compose import nearest
+from experiments.cli.packaged import read_packaged
 from lightning_modules.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,28 +104,13 @@ class ProtocolFile:
         }
 
 
-def packaged_protocols() -> list[str]:
-    """Names of those that ship."""
-    folder = resources.files("experiments") / "protocols"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
 def read_protocol(name: str) -> ProtocolFile:
     """A protocol by its file, or by its name if it ships.
 
     Raises:
         ConfigError: no such protocol, or a file that holds something else.
     """
-    packaged = Path(str(resources.files("experiments"))) / "protocols" / f"{name}.yaml"
-    path = packaged if packaged.is_file() and not Path(name).is_file() else Path(name).expanduser()
-    if not path.is_file():
-        known = packaged_protocols()
-        raise ConfigError(f"protocol {name!r}{nearest(name, known)}: no file, and none of {', '.join(known)}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        raise ConfigError(f"protocol {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
-    return _protocol(path, tree)
+    return _protocol(*read_packaged("protocol", "protocols", name))
 
 
 def with_prompts(protocol: ProtocolFile, file: str | None, tell: Callable[[str], None]) -> list[str]:
