@@ -1,10 +1,12 @@
 """The tables of docs/results.md are those that ``experiments.compare`` makes of the files that its final runs left."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from experiments import compare
+from experiments.ablate import read_ablation
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "results.md").read_text()
@@ -15,6 +17,7 @@ FAIR = {
     "SPO": "fair_tiny-spo",
     "SPO, scores shuffled": "fair_tiny-spo-scores-shuffled",
 }
+ABLATION = {label: f"spo_tiny-{re.sub('[^a-z]+', '-', label.lower())}" for label in read_ablation("spo_tiny")[1]}
 EXACT = {"spo_exact": "spo_exact", "spo_exact_shuffled": "spo_exact_shuffled"}  # as experiments.demo names them
 
 
@@ -25,3 +28,15 @@ def test_every_row_of_the_final_runs_is_on_the_page(tmp_path, methods, seeds):
     rows = [line for line in (tmp_path / "tables.md").read_text().splitlines() if line.startswith("|")]
     assert len(rows) > 2 * len(words)
     assert [row for row in rows if row not in PAGE] == []
+
+
+def test_every_row_of_the_ablations_is_on_the_page(tmp_path):
+    """But for differences between two variants: those from SPO are there."""
+    words = [f"{label}={run}" for label, folder in ABLATION.items() for run in sorted(RUNS.glob(f"{folder}-seed*"))]
+    assert len(words) == len(ABLATION) + 2
+    compare.main([*words, "--split", "test", "--output", str(tmp_path)])
+    rows = [line for line in (tmp_path / "tables.md").read_text().splitlines() if line.startswith("|")]
+    between = [row for row in rows if " - " in row.split("|")[1] and " - SPO |" not in row]
+    missing = [row for row in rows if row not in between and row not in PAGE]
+    assert len(rows) - len(between) > 40
+    assert missing == []
