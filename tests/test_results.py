@@ -30,6 +30,17 @@ def test_every_row_of_the_final_runs_is_on_the_page(tmp_path, methods, seeds):
     assert [row for row in rows if row not in PAGE] == []
 
 
+def test_every_row_of_a_control_at_50_is_on_the_page(tmp_path):
+    """Beside the rows that the comparison above it has."""
+    seeds = {"DPO": 5, "DPO gently": 3, "DPO gently, pairs ordered by a coin": 3, "SPO": 5}
+    slugs = {label: re.sub("[^a-z]+", "-", label.lower()) for label in seeds}
+    words = [f"{label}={RUNS}/fair_tiny-{slugs[label]}-seed{seed}" for label in seeds for seed in range(seeds[label])]
+    compare.main([*words, "--split", "test", "--output", str(tmp_path)])
+    rows = [line for line in (tmp_path / "tables.md").read_text().splitlines() if line.startswith("|")]
+    assert len([row for row in rows if "gently" in row]) >= 10
+    assert [row for row in rows if row not in PAGE and "SPO - DPO gently, pairs" not in row] == []
+
+
 def test_every_row_of_the_ablations_is_on_the_page(tmp_path):
     """But for differences between two variants: those from SPO are there."""
     words = [f"{label}={run}" for label, folder in ABLATION.items() for run in sorted(RUNS.glob(f"{folder}-seed*"))]
