@@ -18,7 +18,7 @@ FAIR = {
     "SPO, scores shuffled": "fair_tiny-spo-scores-shuffled",
 }
 ABLATION = {label: f"spo_tiny-{re.sub('[^a-z]+', '-', label.lower())}" for label in read_ablation("spo_tiny")[1]}
-EXACT = {"spo_exact": "spo_exact", "spo_exact_shuffled": "spo_exact_shuffled"}  # as experiments.demo names them
+EXACT = {"dpo": "dpo_exact", "spo_exact": "spo_exact", "spo_exact_shuffled": "spo_exact_shuffled"}  # as experiments.demo names them
 
 
 @pytest.mark.parametrize(("methods", "seeds"), [(FAIR, range(5)), (EXACT, range(3))], ids=["people", "exact reward"])
@@ -32,7 +32,7 @@ def test_every_row_of_the_final_runs_is_on_the_page(tmp_path, methods, seeds):
 
 def test_every_row_of_a_control_at_50_is_on_the_page(tmp_path):
     """Beside the rows that the comparison above it has."""
-    seeds = {"DPO": 5, "DPO gently": 3, "DPO gently, pairs ordered by a coin": 3, "SPO": 5}
+    seeds = {"DPO": 5, "DPO gently": 5, "DPO gently, pairs ordered by a coin": 5, "SPO": 5}
     slugs = {label: re.sub("[^a-z]+", "-", label.lower()) for label in seeds}
     words = [f"{label}={RUNS}/fair_tiny-{slugs[label]}-seed{seed}" for label in seeds for seed in range(seeds[label])]
     compare.main([*words, "--split", "test", "--output", str(tmp_path)])

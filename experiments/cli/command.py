@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+from experiments.cli.freed_memory import keep_freed_memory
 from lightning_modules.errors import UserError
 from lightning_modules.files import os_error
 from lightning_modules.terminal import printable
@@ -28,6 +29,7 @@ def run_command(main: Callable[[], Any]) -> None:
     of ``callbacks.resume.preemption``, which save first. A signal that whoever starts this has ignored stays ignored
     until then: under SLURM a job that leaves before it can put itself back into the queue counts as failed.
     """
+    keep_freed_memory()
     sys.stdout, sys.stderr = _steady(sys.stdout), _steady(sys.stderr)
     threading.excepthook = _thread_failed
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.connection import Connection
 from typing import TypeVar
 
+from experiments.cli.freed_memory import keep_freed_memory
 from experiments.cli.orphans import end_with
 from lightning_modules.errors import UserError
 
@@ -36,7 +38,7 @@ def in_parallel(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     theirs, ours = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=end_with, initargs=(theirs,))
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_begin, initargs=(theirs,))
     try:
         begun: dict[Future[Result], Job] = {pool.submit(work, job): job for job in jobs}
         for future in as_completed(begun):
@@ -50,6 +52,11 @@ def in_parallel(
         pool.shutdown(cancel_futures=True)
         ours.close()
         theirs.close()
+
+
+def _begin(main: Connection) -> None:
+    keep_freed_memory()
+    end_with(main)
 
 
 def batches_ahead(items: Iterator[Item], size: int) -> Iterator[list[Item]]:

@@ -19,6 +19,7 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.files import resolved_path
 from lightning_modules.policies.adaptation import Adaptation
 from lightning_modules.policies.compiling import blocks_of, compile_parts
+from lightning_modules.policies.merged_upsampling import merge_upsampling
 from lightning_modules.policies.quantisation import Quantisation
 from lightning_modules.policies.text_conditioned import TextConditioned
 from lightning_modules.randomness import randn
@@ -65,6 +66,8 @@ class LatentDiffusion(TextConditioned):
             shape. What they compute moves by rounding, in sampling and training alike; not with fsdp2.
         channels_last: hold the denoiser's and the VAE's weights with channels innermost, as a GPU's convolutions want
             them. What they compute moves by rounding; files and checkpoints hold the same. Not with fsdp2.
+        merged_upsampling: have the VAE's decoder double a map and convolve it as one convolution of the small map, an
+            eighth of its products less. Pictures move by rounding.
 
     Raises:
         ConfigError: missing or damaged weights, a base model of another kind, a VAE with normalisation that is not
@@ -89,6 +92,7 @@ class LatentDiffusion(TextConditioned):
         text_cache: str | None = None,
         compile: bool = False,
         channels_last: bool = False,
+        merged_upsampling: bool = False,
     ) -> None:
         super().__init__()
         if quantisation is not None:
@@ -125,6 +129,8 @@ class LatentDiffusion(TextConditioned):
             self.channels_last = True
             for part in (network, self.vae):
                 part.to(memory_format=torch.channels_last)
+        if merged_upsampling:
+            merge_upsampling(self.vae.decoder)
         if compile:
             self.compiled = True
             compile_parts([*blocks_of(network, self.blocks), self.vae.decoder])

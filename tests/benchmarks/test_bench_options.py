@@ -18,10 +18,10 @@ from lightning_modules.policies import LoRA
 from lightning_modules.references import AdapterOff
 from lightning_modules.sampling.pictures import Sampler, initial_noise
 
-OPTIONS = ("channels_last", "compile")
+NETWORKS = ("channels_last", "compile")  # options that shape the denoiser, too
 
 
-@pytest.fixture(params=OPTIONS)
+@pytest.fixture
 def ways(request, size, networks, device):
     """The plain policy and one with the option, by name."""
     if request.param == "compile" and request.config.getoption("--size") == "tiny":
@@ -33,6 +33,7 @@ def ways(request, size, networks, device):
     return found
 
 
+@pytest.mark.parametrize("ways", [*NETWORKS, "merged_upsampling"], indirect=True)
 def test_drawing(ways, size, rounds, clock, rows):
     sampler = Sampler(steps=size.steps)
 
@@ -50,6 +51,7 @@ def test_drawing(ways, size, rounds, clock, rows):
     rows.ratio(f"Drawing with {option}", timings, plain, option, moves=f"a picture by {levels:.1g} of 255 levels")
 
 
+@pytest.mark.parametrize("ways", NETWORKS, indirect=True)
 def test_a_training_step(ways, size, device, rounds, clock, rows):
     b, some = size.pairs, next(iter(ways.values()))
     latent = (b, 4, *[some.image_size // some.downscale] * 2)

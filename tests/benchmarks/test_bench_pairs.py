@@ -95,7 +95,8 @@ def own_loader(folder, size):
 def test_pixel_pairs(pixels, size, rounds, rows):
     plain = DataLoader(ParquetPairs(pixels / "pairs.parquet", size.side), BATCH, shuffle=True)
     own = own_loader(pixels, size)
-    timings = alternate({"HF path": lambda: read(plain), "ours": lambda: read(own)}, rounds, Clock("cpu"))
+    ways = {"HF path": lambda: read(plain), "ours": lambda: read(own)}
+    timings = alternate(ways, rounds, Clock("cpu"), peers=["HF path"])
     assert timings.results["ours"] == timings.results["HF path"] == size.samples
     rows.ratio("Pixel pairs", timings, "HF path", "ours", pairs=size.samples)
 
@@ -117,6 +118,6 @@ def test_cached_pairs(cached, size, rounds, rows):
         return read(DataLoader(pairs, batch_size=None))
 
     own = own_loader(cached, size)
-    timings = alternate({"webdataset": plain, "ours": lambda: read(own)}, rounds, Clock("cpu"))
+    timings = alternate({"webdataset": plain, "ours": lambda: read(own)}, rounds, Clock("cpu"), peers=["webdataset"])
     assert timings.results["ours"] == timings.results["webdataset"] == size.samples
     rows.ratio("Cached pairs", timings, "webdataset", "ours", pairs=size.samples)

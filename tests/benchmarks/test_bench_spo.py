@@ -37,6 +37,8 @@ class World:
                 torch.nn.init.normal_(parameter, std=0.01)
         self.module = AlignmentModule(own, SPO(), AdapterOff()).to(device)
         self.module.setup("fit")
+        self.merged = policy(size, folder, LoRA(rank=4), device, merged_upsampling=True)
+        self.merged.load_state_dict(own.state_dict())
         self.judge, self.scorer = judge(folder, device), StepAwareScorer(judge(folder, device))
         self.prompts = [f"number {n} of many pictures" for n in range(size.prompts)]
         self.sampler = StepSampler(size.steps, candidates=size.candidates, branch_from_step=size.branch_from_step,
@@ -50,12 +52,12 @@ class World:
             for name in ("ours", "official")
         }
 
-    def rollout(self, decode=None):
+    def rollout(self, decode=None, policy=None):
         draws = SeededDraws(0, 0, range(len(self.prompts)))
-        return self.sampler.sample(self.module.policy, self.scorer, self.prompts, draws, decode)
+        return self.sampler.sample(policy or self.module.policy, self.scorer, self.prompts, draws, decode)
 
-    def pool(self, decode=None):
-        return self.rollout(decode).pairs.to(self.module.device)
+    def pool(self, decode=None, policy=None):
+        return self.rollout(decode, policy).pairs.to(self.module.device)
 
     def latent_pool(self, scorer):
         """LPO's: from the first step on, no picture decoded."""
@@ -103,7 +105,7 @@ def world(size, networks, device):
 
 
 def test_a_pool(world, rounds, clock, rows):
-    timings = alternate({"official": world.official_pool, "ours": world.pool}, rounds, clock)
+    timings = alternate({"official": world.official_pool, "ours": world.pool}, rounds, clock, peers=["official"])
     ours, official = timings.results["ours"], timings.results["official"]
     assert len(ours)
     torch.testing.assert_close(ours.latents, official.latents, rtol=1e-4, atol=1e-4)
@@ -118,7 +120,7 @@ def test_a_training_step(world, rounds, clock, rows):
         "official": lambda: world.step(pairs, "official", world.official_step.loss),
         "ours": lambda: world.step(pairs, "ours", world.own_loss),
     }
-    timings = alternate(ways, rounds, clock)
+    timings = alternate(ways, rounds, clock, peers=["official"])
     check_equal([timings.results["ours"]], [timings.results["official"]])
     memory = held_memory(world, pairs)
     rows.ratio("SPO training step", timings, "official", "ours", pairs=len(pairs), memory_ratio=memory[1] / memory[0],
@@ -137,14 +139,18 @@ def test_an_iteration(world, rounds, clock, rows, size, networks, device):
     ways = {
         "official": lambda: world.iteration(world.official_pool(), "official", world.official_step.loss),
         "ours": lambda: world.iteration(world.pool(), "ours", world.own_loss),
+        "merged upsampling": lambda: world.iteration(world.pool(policy=world.merged), "ours", world.own_loss),
         "tiny decoder": with_tiny_decoder,
     }
-    timings = alternate(ways, rounds, clock)
-    (ours, own_steps), (official, official_steps) = timings.results["ours"], timings.results["official"]
-    assert len(ours) == len(official)
-    check_equal(own_steps, official_steps)
+    timings = alternate(ways, rounds, clock, peers=["official"])
+    official, official_steps = timings.results["official"]
+    for way in ("ours", "merged upsampling"):
+        ours, own_steps = timings.results[way]
+        assert len(ours) == len(official)
+        check_equal(own_steps, official_steps)
     told = {"pairs": len(ours), "comparisons": len(world.prompts) * (size.steps - size.branch_from_step)}
     rows.ratio("SPO iteration", timings, "official", "ours", **told)
+    rows.ratio("SPO iteration, merged upsampling", timings, "official", "merged upsampling", **told)
     rows.ratio("SPO iteration, tiny decoder", timings, "official", "tiny decoder", **told)
 
 
