@@ -22,9 +22,10 @@ def merge_upsampling(network: nn.Module) -> int:
     """
     found = [part for part in network.modules() if type(part) is Upsample2D and _can_merge(part)]
     for part in found:
-        part.__class__ = MergedUpsample2D
-        filters = merged_filters(part.conv.weight).to(memory_format=_layout(part.conv.weight))
+        conv: Any = part.conv
+        filters = merged_filters(conv.weight).to(memory_format=_layout(conv.weight))
         part.register_buffer("filters", filters, persistent=False)
+        part.__class__ = MergedUpsample2D
     return len(found)
 
 
@@ -54,7 +55,8 @@ class MergedUpsample2D(Upsample2D):
         if output_size is not None:  # sides that are not doubled
             return super().forward(hidden_states, output_size, *args, **kwargs)
         n, _, h, w = hidden_states.shape
-        bias = None if self.conv.bias is None else self.conv.bias.repeat(4)
+        conv: Any = self.conv
+        bias = None if conv.bias is None else conv.bias.repeat(4)
         found = conv2d(hidden_states, self.filters, bias, padding=1)
         doubled = torch.empty(n, self.out_channels, 2 * h, 2 * w, dtype=found.dtype, device=found.device,
                               memory_format=_layout(found))  # fmt: skip
