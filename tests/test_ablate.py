@@ -115,7 +115,7 @@ def test_words_that_cannot_be_meant_are_refused_before_anything_runs(called, wor
     assert called == []
 
 
-def test_the_packaged_variants_are_thirteen_different_experiments(capsys):
+def test_the_packaged_variants_are_fourteen_different_experiments(capsys):
     """The sampler's settings are held against its class alone, which spares a parser each; others are parsed."""
     variants = ablate.read_ablation("spo_tiny")[1]
     every = variants["SPO"]
@@ -134,8 +134,8 @@ def test_the_packaged_variants_are_thirteen_different_experiments(capsys):
             run.main([*words, "--print_config"])
         assert ended.value.code in (0, None)
         data = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
-        found.append((data["scorer"], data["sampler"]))
-    assert len(found) == 13
+        found.append((data["scorer"], data["sampler"], data["decoder"]))
+    assert len(found) == 14
     assert all(one != other for n, one in enumerate(found) for other in found[:n])
     assert {sampler.continuation for sampler in found if isinstance(sampler, StepSampler)} == {
         "random",
