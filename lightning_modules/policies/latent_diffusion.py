@@ -66,8 +66,8 @@ class LatentDiffusion(TextConditioned):
             shape. What they compute moves by rounding, in sampling and training alike; not with fsdp2.
         channels_last: hold the denoiser's and the VAE's weights with channels innermost, as a GPU's convolutions want
             them. What they compute moves by rounding; files and checkpoints hold the same. Not with fsdp2.
-        merged_upsampling: have the VAE's decoder double a map and convolve it as one convolution of the small map, an
-            eighth of its products less. Pictures move by rounding.
+        merged_upsampling: have the VAE's decoder double a map and convolve it as one convolution of the small map, with
+            15% fewer products in all. Pictures move by rounding.
 
     Raises:
         ConfigError: missing or damaged weights, a base model of another kind, a VAE with normalisation that is not
