@@ -45,7 +45,7 @@ def test_every_row_of_a_control_at_50_is_on_the_page(tmp_path):
 def test_every_row_of_the_ablations_is_on_the_page(tmp_path):
     """But for differences between two variants: those from SPO are there."""
     words = [f"{label}={run}" for label, folder in ABLATION.items() for run in sorted(RUNS.glob(f"{folder}-seed*"))]
-    assert {word.partition("=")[0] for word in words} == set(ABLATION)
+    assert len(words) == 2 * len(ABLATION)
     compare.main([*words, "--split", "test", "--output", str(tmp_path)])
     rows = [line for line in (tmp_path / "tables.md").read_text().splitlines() if line.startswith("|")]
     between = [row for row in rows if " - " in row.split("|")[1] and " - SPO |" not in row]
