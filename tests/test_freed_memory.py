@@ -6,32 +6,38 @@ import platform
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from experiments.cli.workers import in_parallel
 
-# Page faults of a large block that is freed and allocated again, ten times over.
-FAULTS = """
-import json, resource
-from experiments.cli.command import run_command
-from experiments.cli.freed_memory import keep_freed_memory
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc that is set")
 
-def faults():
+
+def faults(job=None):
+    """Pages that ten blocks of 64 MiB, each allocated and freed, have from the system."""
     for _ in range(10):  # holes of the right size are found after a few
         b"x" * 2**26
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         b"x" * 2**26
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+IMPORTS = """
+import json
+from experiments.cli.command import run_command
+from experiments.cli.freed_memory import keep_freed_memory
+from test_freed_memory import faults
 """
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc that is set")
 
 
 def told(script, **environment):
-    command = [sys.executable, "-c", FAULTS + script]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
-    return json.loads(done.stdout)
+    """What a process of its own prints."""
+    command = [sys.executable, "-c", IMPORTS + script]
+    here, variables = Path(__file__).parent, os.environ | environment
+    return json.loads(subprocess.run(command, capture_output=True, check=True, cwd=here, env=variables).stdout)
 
 
 def test_a_command_allocates_what_it_has_freed_without_new_pages():
@@ -57,14 +63,5 @@ def test_who_has_set_it_is_left_alone(name):
 
 
 def test_workers_keep_theirs():
-    ((_, spent),) = in_parallel(faults_of_a_worker, ["job"], 1, [], "nothing")
+    ((_, spent),) = in_parallel(faults, ["job"], 1, [], "nothing")
     assert spent <= 10
-
-
-def faults_of_a_worker(job):
-    for _ in range(10):  # holes of the right size are found after a few
-        b"x" * 2**26
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        b"x" * 2**26
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
