@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file
 from torch import nn
 
 from datamodules.pools.fingerprint import fingerprint
+from lightning_modules.errors import ConfigError
 from lightning_modules.policies import FullFineTuning, StableDiffusion, StableDiffusion3
 from lightning_modules.policies.merged_upsampling import MergedUpsample2D, merge_upsampling, merged_filters
 from lightning_modules.randomness import generator
@@ -112,6 +114,13 @@ def test_pictures_are_equal_within_rounding_and_nothing_else_moves(pipelines, ki
     latents = torch.randn(3, plain.latent_channels, 4, 6, generator=generator("latents"))
     torch.testing.assert_close(merged.decode(latents), plain.decode(latents), rtol=0, atol=1e-5)
     assert list(merged.state_dict()) == list(plain.state_dict())
+
+
+def test_a_decoder_with_nothing_to_merge_is_refused(pipelines, tmp_path):
+    AutoencoderKL(block_out_channels=(32,), latent_channels=4).save_pretrained(tmp_path)
+    assert make(pipelines, vae=str(tmp_path)).downscale == 1
+    with pytest.raises(ConfigError, match="merged_upsampling: .* no upsampling layer .* leave it out"):
+        make(pipelines, vae=str(tmp_path), merged_upsampling=True)
 
 
 def test_a_copy_and_another_number_type_take_the_filters_along(pipelines):

@@ -71,7 +71,7 @@ class LatentDiffusion(TextConditioned):
 
     Raises:
         ConfigError: missing or damaged weights, a base model of another kind, a VAE with normalisation that is not
-            supported, or a text cache of other encoders.
+            supported, a text cache of other encoders, or ``merged_upsampling`` where nothing can be merged.
     """
 
     denoiser_class: ClassVar[Any]
@@ -129,8 +129,10 @@ class LatentDiffusion(TextConditioned):
             self.channels_last = True
             for part in (network, self.vae):
                 part.to(memory_format=torch.channels_last)
-        if merged_upsampling:
-            merge_upsampling(self.vae.decoder)
+        if merged_upsampling and not merge_upsampling(self.vae.decoder):
+            raise ConfigError(
+                "model.policy.merged_upsampling: this VAE's decoder has no upsampling layer that can be merged; leave it out"
+            )
         if compile:
             self.compiled = True
             compile_parts([*blocks_of(network, self.blocks), self.vae.decoder])
