@@ -131,7 +131,7 @@ class LatentDiffusion(TextConditioned):
                 part.to(memory_format=torch.channels_last)
         if merged_upsampling and not merge_upsampling(self.vae.decoder):
             raise ConfigError(
-                "model.policy.merged_upsampling: this VAE's decoder has no upsampling layer that can be merged; leave it out"
+                "model.policy.merged_upsampling: the VAE's decoder has no upsampling layer to merge; leave it out"
             )
         if compile:
             self.compiled = True
