@@ -124,7 +124,11 @@ class LatentDiffusion(TextConditioned):
         adaptation.apply(self)
         if text_cache is not None:
             self.use_texts(resolved_path(text_cache))
-        # Such an attribute is seen by what names pools after the policy.
+        self._set_levers(network, channels_last, merged_upsampling, compile)
+        self.train()
+
+    def _set_levers(self, network: Any, channels_last: bool, merged_upsampling: bool, compile: bool) -> None:
+        """Other layouts and kernels of the same computation. What names pools after the policy sees them."""
         if channels_last:
             self.channels_last = True
             for part in (network, self.vae):
@@ -136,7 +140,6 @@ class LatentDiffusion(TextConditioned):
         if compile:
             self.compiled = True
             compile_parts([*blocks_of(network, self.blocks), self.vae.decoder])
-        self.train()
 
     # What a kind of base model has of its own
 
