@@ -92,7 +92,7 @@ def _pictures(data: Path, number: int, method: str, seed: int) -> list[str]:
     pairs = data / "feedback-pairs"
     if not _prepared(pairs):
         feedback = ["--config", "dpo_tiny", "--prompts", "embedded/prompts/shapes_train.txt"]
-        feedback += ["--reward", "ShapesReward", "--sampler.guidance_scale=2", "--candidates=4", f"--pairs={number}"]
+        feedback += ["--reward", "ShapesReward", "--sampler.guidance_scale=2.5", "--candidates=4", f"--pairs={number}"]
         show(prepare_feedback.main, "prepare_feedback", *feedback, f"--output={data / 'feedback'}")
         show(prepare_pickapic.main, "prepare_pickapic", "--input", data / "feedback", "--output", pairs)
     if method == "kto":

@@ -32,7 +32,7 @@ from lightning_modules.shapes.autoencoder import psnr
 
 WIDTH = 24
 BLOCKS = (3, 2, 1)  # at 8, 16 and 32 pixels: the work is where they are few
-GUIDANCE, STEPS = 2.0, 20  # as spo_tiny samples
+GUIDANCE, STEPS = 2.5, 20  # as spo_tiny samples
 BATCH = 32
 RATE = 2e-3  # the learning rate's peak: a twentieth of the steps up, then down to 0
 

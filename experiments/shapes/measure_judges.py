@@ -50,7 +50,7 @@ from lightning_modules.sampling.step_scorers import (
 from lightning_modules.shapes.reward import ShapesReward
 
 TIMESTEPS = (1, 251, 501, 751, 951)  # of the twenty that the sampler stops at
-STEPS, GUIDANCE = 20, 2.0
+STEPS, GUIDANCE = 20, 2.5
 CLEAN = "as it is"
 
 
