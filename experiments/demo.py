@@ -26,7 +26,7 @@ from lightning_modules.errors import ConfigError
 from lightning_modules.files import resolved_path
 
 EXACT = "--config spo_tiny --data.sampler.threshold=0.15 --model.optimizer.lr=5e-5"
-# Settings as docs/results.md says they were chosen, where it does.
+# Settings as docs/results_first_weights.md says they were chosen, where it does.
 METHODS = {
     "dpo": "--config dpo_tiny",
     "ipo": "--config dpo_tiny --model.objective=IPO --model.objective.tau=500",

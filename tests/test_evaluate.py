@@ -36,12 +36,12 @@ def fresh():
 
 @pytest.fixture
 def words(tmp_path):
-    """A command that draws 3 pictures for each of 2 prompts in 2 steps, 4 at a time; ``words(steps=3)`` changes it."""
+    """A command that draws 3 pictures for each of 2 prompts in 4 steps, 4 at a time; ``words(steps=3)`` changes it."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
 
     def make(*more, output="out", policies=(f"aligned={BASE}",), baseline=f"base={BASE}", **changes):
         tree = {
-            "version": 1, "prompts": {"number": 2}, "sampler": {"name": "DDIM", "steps": 2}, "guidance": [2.0],
+            "version": 1, "prompts": {"number": 2}, "sampler": {"name": "DDIM", "steps": 4}, "guidance": [2.0],
             "pictures_per_prompt": 3, "batch_size": 4, "rewards": [{"class_path": "ShapesReward"}],
         }  # fmt: skip
         (tmp_path / "protocol.yaml").write_text(yaml.safe_dump(tree | changes))
@@ -96,7 +96,7 @@ def test_pictures_are_those_of_win_rates_noise(tmp_path, words):
     found = evaluate.main(words(baseline=None, seed=7))
     policy = StableDiffusion(BASE, Frozen()).eval()
     requests = [PictureRequest(PROMPTS[1], (7, "win_rate", 1, 2))]
-    image = draw(policy, Sampler(steps=2, guidance_scale=2.0), policy.predict_noise, requests)
+    image = draw(policy, Sampler(steps=4, guidance_scale=2.0), policy.predict_noise, requests)
     picture = pixels(tmp_path / "out" / found.drawn[0].picture(1, 2))
     assert (picture - image[0]).abs().max() <= 0.51 / 255 + 1e-5
 
@@ -107,7 +107,7 @@ def test_a_sweep_draws_every_guidance_and_the_result_holds_the_protocol(tmp_path
     assert found.drawn[0].scores != found.drawn[1].scores
     protocol = found.protocol
     assert protocol["name"] == "protocol"
-    assert protocol["sampler"] == {"name": "DDIM", "steps": 2, "eta": 0.0}
+    assert protocol["sampler"] == {"name": "DDIM", "steps": 4, "eta": 0.0}
     assert protocol["guidance"] == [1.0, 4.0]
     assert protocol["prompts"]["number"] == 2
     assert protocol["resolution"] == 32
@@ -117,7 +117,7 @@ def test_a_sweep_draws_every_guidance_and_the_result_holds_the_protocol(tmp_path
 # numpy 2 tells diffusers 0.41 of what it does with its tables.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scheduler_of_diffusers_can_be_asked_for(words):
-    ddim, euler = ({"name": name, "steps": 2} for name in ("DDIMScheduler", "EulerDiscreteScheduler"))
+    ddim, euler = ({"name": name, "steps": 4} for name in ("DDIMScheduler", "EulerDiscreteScheduler"))
     ours = evaluate.main(words(baseline=None, output="ours")).drawn[0].scores["shapes"]
     same = evaluate.main(words(baseline=None, output="same", sampler=ddim)).drawn[0].scores["shapes"]
     other = evaluate.main(words(baseline=None, output="other", sampler=euler)).drawn[0].scores["shapes"]

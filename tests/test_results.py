@@ -1,4 +1,4 @@
-"""The tables of docs/results.md are those that ``experiments.compare`` makes of the files that its final runs left."""
+"""The tables of results are those that ``experiments.compare`` makes of the files that the final runs left."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,7 @@ import pytest
 from experiments import compare
 from experiments.ablate import read_ablation
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "results.md").read_text()
-RUNS = ROOT / "docs" / "results"
+DOCS = Path(__file__).parent.parent / "docs"
 FAIR = {
     "DPO": "fair_tiny-dpo",
     "DPO, pairs ordered by a coin": "fair_tiny-dpo-pairs-ordered-by-a-coin",
@@ -22,33 +20,37 @@ ABLATION = {label: f"spo_tiny-{re.sub('[^a-z]+', '-', label.lower())}" for label
 EXACT = {"dpo": "dpo_exact", "spo_exact": "spo_exact", "spo_exact_shuffled": "spo_exact_shuffled"}
 
 
-@pytest.mark.parametrize(("methods", "seeds"), [(FAIR, range(5)), (EXACT, range(3))], ids=["people", "exact reward"])
-def test_every_row_of_the_final_runs_is_on_the_page(tmp_path, methods, seeds):
-    words = [f"{label}={RUNS / folder}-seed{seed}" for label, folder in methods.items() for seed in seeds]
+def rows_and_page(tmp_path, name, runs):
+    """The rows that ``compare`` makes of runs (label and folder), and the page ``name``, whose folder they are in."""
+    words = [f"{label}={DOCS / name / folder}" for label, folder in runs]
     compare.main([*words, "--split", "test", "--output", str(tmp_path)])
     rows = [line for line in (tmp_path / "tables.md").read_text().splitlines() if line.startswith("|")]
     assert len(rows) > 2 * len(words)
-    assert [row for row in rows if row not in PAGE] == []
+    return rows, (DOCS / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["results", "results_first_weights"])
+@pytest.mark.parametrize(("methods", "seeds"), [(FAIR, range(5)), (EXACT, range(3))], ids=["people", "exact reward"])
+def test_every_row_of_the_final_runs_is_on_the_page(tmp_path, name, methods, seeds):
+    runs = [(label, f"{folder}-seed{seed}") for label, folder in methods.items() for seed in seeds]
+    rows, page = rows_and_page(tmp_path, name, runs)
+    assert [row for row in rows if row not in page] == []
 
 
 def test_every_row_of_a_control_at_50_is_on_the_page(tmp_path):
     """Beside the rows that the comparison above it has."""
     seeds = {"DPO": 5, "DPO gently": 5, "DPO gently, pairs ordered by a coin": 5, "SPO": 5}
     slugs = {label: re.sub("[^a-z]+", "-", label.lower()) for label in seeds}
-    words = [f"{label}={RUNS}/fair_tiny-{slugs[label]}-seed{seed}" for label in seeds for seed in range(seeds[label])]
-    compare.main([*words, "--split", "test", "--output", str(tmp_path)])
-    rows = [line for line in (tmp_path / "tables.md").read_text().splitlines() if line.startswith("|")]
+    runs = [(label, f"fair_tiny-{slugs[label]}-seed{seed}") for label in seeds for seed in range(seeds[label])]
+    rows, page = rows_and_page(tmp_path, "results_first_weights", runs)
     assert len([row for row in rows if "gently" in row]) >= 10
-    assert [row for row in rows if row not in PAGE and "SPO - DPO gently, pairs" not in row] == []
+    assert [row for row in rows if row not in page and "SPO - DPO gently, pairs" not in row] == []
 
 
 def test_every_row_of_the_ablations_is_on_the_page(tmp_path):
     """But for differences between two variants: those from SPO are there."""
-    words = [f"{label}={run}" for label, folder in ABLATION.items() for run in sorted(RUNS.glob(f"{folder}-seed*"))]
-    assert len(words) == 2 * len(ABLATION)
-    compare.main([*words, "--split", "test", "--output", str(tmp_path)])
-    rows = [line for line in (tmp_path / "tables.md").read_text().splitlines() if line.startswith("|")]
+    runs = [(label, f"{folder}-seed{seed}") for label, folder in ABLATION.items() for seed in range(2)]
+    rows, page = rows_and_page(tmp_path, "results_first_weights", runs)
     between = [row for row in rows if " - " in row.split("|")[1] and " - SPO |" not in row]
-    missing = [row for row in rows if row not in between and row not in PAGE]
     assert len(rows) - len(between) > 40
-    assert missing == []
+    assert [row for row in rows if row not in between and row not in page] == []
