@@ -47,7 +47,7 @@ def test_a_setting_of_a_callback_is_that_of_the_named_one():
     win_rate = find(changed, "trainer.callbacks.WinRate")
     assert win_rate["init_args"]["every_n_steps"] == 10
     assert win_rate["init_args"]["sampler"] == {
-        "class_path": "Sampler", "init_args": {"steps": 20, "guidance_scale": 2.0, "eta": 0.5},
+        "class_path": "Sampler", "init_args": {"steps": 20, "guidance_scale": 2.5, "eta": 0.5},
     }  # fmt: skip
 
 
