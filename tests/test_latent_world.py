@@ -50,7 +50,7 @@ def test_the_model_that_ships_is_small_and_sides_with_the_exact_reward_on_new_dr
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 3e6
     prompts, images = drawn_pairs(8)
     policy = StableDiffusion("embedded/shapes", Frozen())
-    judge = LatentRewardModel("embedded/latent_reward", "embedded/shapes", guidance_scale=2.0)
+    judge = LatentRewardModel("embedded/latent_reward", "embedded/shapes", guidance_scale=2.5)
     latents, timesteps = policy.encode_images(images * 2 - 1), torch.full((len(images),), 51)
     noise = randn(latents.shape[1:], [generator("noise", n) for n in range(len(images))], latents.device)
     noisy = policy.schedule.add_noise(latents, noise, timesteps)
