@@ -13,7 +13,7 @@ from lightning_modules.policies.tiny_decoder import TinyDecoder
 from lightning_modules.shapes.autoencoder import psnr
 
 FOLDER = Path(experiments.__file__).parent / "embedded" / "tiny_decoder"
-DECIBEL = 25.0  # 27.4 over all held-out prompts
+DECIBEL = 27.0  # 29.2 over all held-out prompts
 
 
 def test_it_ships_in_half_a_megabyte():
