@@ -413,7 +413,7 @@ def test_the_embedded_worlds_config_trains_from_nothing_and_exports_a_small_mode
     for name, seed in (("feedback", "0"), ("feedback-2", "2"), ("feedback-val", "1")):
         prepare_feedback.main(
             ["--config", "dpo_tiny", "--reward", "ShapesReward", "--seed", seed,
-             "--sampler.guidance_scale=2", "--sampler.steps=2", "--pairs=8", "--candidates=2",
+             "--sampler.guidance_scale=2", "--sampler.steps=6", "--pairs=8", "--candidates=2",
              "--prompts", "embedded/prompts/shapes_train.txt", f"--output=data/shapes/{name}"]
         )  # fmt: skip
         prepare_pickapic.main(
