@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import logging
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
+from callbacks.evaluation.grid import Row, drawn_row, grid_picture
 from callbacks.evaluation.logged_pictures import log_picture
-from callbacks.evaluation.pictures import (
-    PictureRequest,
-    alignment,
-    evaluation_mode,
-    gathered,
-    make_pictures,
-    my_share,
-    policy_step,
-)
+from callbacks.evaluation.pictures import PictureRequest, alignment, evaluation_mode, policy_step
 from callbacks.resume.due_evaluations import PolicyEvaluation
 from callbacks.resume.preemption import interruptible
 from datamodules.prompts import prompt_texts
+from lightning_modules.alignment import AlignmentModule
 from lightning_modules.files import atomic_file
-from lightning_modules.sampling.eight_bit import eight_bit, png
-from lightning_modules.sampling.pictures import Sampler
+from lightning_modules.sampling.eight_bit import png
+from lightning_modules.sampling.pictures import Denoise, Sampler
 from lightning_modules.terminal import literal
 
 log = logging.getLogger(__name__)
-
-CELL = 128  # pixels a side below which pictures are enlarged; smaller ones leave no room for a caption
-MARGIN = 6  # pixels between pictures
-LINE = 15  # pixels a caption line
-CAPTION_LINES = 4
 
 
 class SampleGrid(PolicyEvaluation):
@@ -71,7 +56,7 @@ class SampleGrid(PolicyEvaluation):
         self.texts = prompt_texts(prompts, number)
         self.sampler, self.every_n_steps = sampler, every_n_steps
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
-        self._reference: list[np.ndarray] | None = None
+        self._reference: Row | None = None
         self._tested: Path | None = None
 
     def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -90,10 +75,10 @@ class SampleGrid(PolicyEvaluation):
         module = alignment(pl_module, "SampleGrid")
         step = policy_step(trainer)
         with interruptible(trainer), evaluation_mode(module):
-            rows = {"policy": self._row(trainer, pl_module, module.policy.predict_noise, "policy")}
+            rows = {"policy": self._row(trainer, module, module.policy.predict_noise, "policy")}
             if module.reference is not None:
                 if self._reference is None:  # it never changes
-                    self._reference = self._row(trainer, pl_module, module.reference.predict_noise, "reference")
+                    self._reference = self._row(trainer, module, module.reference.predict_noise, "reference")
                 rows["reference"] = self._reference
         path = Path(trainer.default_root_dir) / "samples" / f"{'test_' if trainer.testing else ''}step={step:07d}.png"
         if trainer.is_global_zero:
@@ -104,35 +89,7 @@ class SampleGrid(PolicyEvaluation):
             log.info("samples in %s", path)
         return path
 
-    def _row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, denoise: Any, title: str) -> list[np.ndarray]:
-        module = alignment(pl_module, "SampleGrid")
+    def _row(self, trainer: pl.Trainer, module: AlignmentModule, denoise: Denoise, title: str) -> Row:
         requests = [PictureRequest(text, (self.seed, "sample_grid", i)) for i, text in enumerate(self.texts)]
-        mine: list[np.ndarray] = []
-        for batch in my_share(trainer, requests, self.batch_size, f"samples ({title})"):
-            images = make_pictures(trainer, module, self.sampler, denoise, batch, self.image_size)
-            mine += list(eight_bit(images, [request.prompt for request in batch]))
-        return gathered(trainer, mine)
-
-
-def grid_picture(rows: dict[str, list[np.ndarray]], captions: Sequence[str]) -> Image.Image:
-    """Rows of pictures ``[H W 3]`` with a caption under every column and the rows' names at the left."""
-    font = ImageFont.load_default(size=LINE - 2)
-    cell = max(CELL, max(picture.shape[0] for row in rows.values() for picture in row))
-    left = 2 * MARGIN + max(int(font.getlength(name)) for name in rows)
-    width = left + len(captions) * (cell + MARGIN)
-    height = MARGIN + len(rows) * (cell + MARGIN) + CAPTION_LINES * LINE + MARGIN
-    canvas = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for r, (name, row) in enumerate(rows.items()):
-        top = MARGIN + r * (cell + MARGIN)
-        draw.text((MARGIN, top + cell // 2), name, fill="black", font=font)
-        for c, picture in enumerate(row):
-            enlarged = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(enlarged, (left + c * (cell + MARGIN), top))
-    characters = int(cell / font.getlength("n"))
-    for c, caption in enumerate(captions):
-        lines = textwrap.wrap(caption, characters, max_lines=CAPTION_LINES, placeholder=" ...")
-        text = "\n".join(lines)
-        corner = (left + c * (cell + MARGIN), height - CAPTION_LINES * LINE - MARGIN)
-        draw.multiline_text(corner, text, "black", font, spacing=0)
-    return canvas
+        title = f"samples ({title})"
+        return drawn_row(trainer, module, self.sampler, denoise, requests, self.batch_size, self.image_size, title)

@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from callbacks.evaluation.kept import drop_later_entries
+from callbacks.evaluation.largest_changes import draw_largest_changes
 from callbacks.evaluation.pictures import alignment, evaluation_mode, policy_step
 from callbacks.evaluation.protocol import Protocol
 from callbacks.evaluation.report import Report
@@ -19,6 +20,7 @@ from datamodules.prompts import prompt_texts
 from lightning_modules.errors import ConfigError
 from lightning_modules.rewards.function import Reward, as_reward_model
 from lightning_modules.sampling.pictures import Sampler
+from lightning_modules.terminal import literal
 
 
 class WinRate(PolicyEvaluation):
@@ -27,7 +29,8 @@ class WinRate(PolicyEvaluation):
     Runs at the end of every validation (or every ``every_n_steps``), after the training, and in ``validate`` and
     ``test``; ``test`` uses ``test_prompts`` and logs under ``test/`` instead of ``val/``. Pictures are spread over
     the ranks. The reference's scores are computed once and kept in the run folder. Without a reference (``SFT``) only
-    the policy's rewards are reported.
+    the policy's rewards are reported. ``test`` ends with the path of a picture: the pairs whose score by the first
+    reward has changed most, in both directions (``draw_largest_changes``).
 
     Logs ``val/win_rate/<reward>`` with ``_low`` and ``_high``, ``val/reward/<reward>``, ``val/reference_reward/...``
     with ``_se`` each, and their parts ``val/reward/<reward>/<part>``; appends to ``win_rate.json``.
@@ -65,6 +68,7 @@ class WinRate(PolicyEvaluation):
 
         self.validation = protocol(prompt_texts(prompts))
         self.test = None if test_prompts is None else protocol(prompt_texts(test_prompts))
+        self._changes: Path | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -87,16 +91,23 @@ class WinRate(PolicyEvaluation):
             raise ConfigError("WinRate.test_prompts is not set; give the prompts that nothing was tuned on")
         pl_module.log_dict(self.judge(trainer, pl_module, "test"), logger=False, batch_size=1, sync_dist=True)
 
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and self._changes is not None:
+            Console().print(literal(f"largest changes, gains and losses: {self._changes}"), soft_wrap=True)
+
     def judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> dict[str, float]:
         """Draw, score, compare, write and log. All ranks must call it; returns the metrics, equal on all."""
         module = alignment(pl_module, "WinRate")
         protocol = self.test if split == "test" and self.test is not None else self.validation
+        step = policy_step(trainer)
         with interruptible(trainer), evaluation_mode(module):
             for reward in protocol.rewards:
                 reward.to(module.device)
             policy = score_pictures(trainer, module, protocol, module.policy.predict_noise, "policy")
             reference = reference_scores(trainer, module, protocol)
-        step = policy_step(trainer)
+            if split == "test" and module.reference is not None and reference is not None:
+                denoise, scores = module.reference.predict_noise, (reference, policy)
+                self._changes = draw_largest_changes(trainer, module, denoise, protocol, scores, step)
         pictures = protocol.images_per_prompt
         against = None if reference is None else per_prompt(reference, pictures)
         report = Report.of(split, step, per_prompt(policy, pictures), against, protocol.described(module.policy))

@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_world import PROMPTS, QUICK, make, pairs, trained_parameters, trainer
 from torch.utils.data import DataLoader
 
-from callbacks.sample_grid import CELL, SampleGrid, grid_picture
+from callbacks.evaluation.grid import CELL, grid_picture
+from callbacks.sample_grid import SampleGrid
 from callbacks.save_pictures import SavePictures
 from datamodules.prompts import prompt_texts
 from datamodules.shapes.drawing import prompt_splits
