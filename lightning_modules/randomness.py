@@ -26,6 +26,16 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*key))
 
 
+def seed_global_generators(seed: int, device: torch.device) -> None:
+    """Seed the CPU's global generator and the device's, to what ``torch.manual_seed`` would set them.
+
+    That also prepares every kind of device that this process does not use, a third of a millisecond at every call.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def randn(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device | str = "cpu") -> Tensor:
     """Standard normal fp32 noise ``[len(generators), *shape]``; row i is drawn from generator i alone.
 

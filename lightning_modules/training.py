@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_modules.errors import ConfigError
 from lightning_modules.lightning_internals import update_step_logs
 from lightning_modules.optimizers import lay_out_moments
-from lightning_modules.randomness import derive_seed, generator
+from lightning_modules.randomness import derive_seed, generator, seed_global_generators
 from lightning_modules.running_means import RunningMeans
 from lightning_modules.weights.audit import mismatch
 from lightning_modules.weights.averaging import ExponentialMovingAverage
@@ -63,7 +63,7 @@ class TrainingModule(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._step_metrics, self._written = {}, False
         # Network dropout is the one draw that comes from the global generator.
-        torch.manual_seed(derive_seed(self.seed, "dropout", int(batch.indices[0])))
+        seed_global_generators(derive_seed(self.seed, "dropout", int(batch.indices[0])), self.device)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log once per optimizer step, before a checkpoint can hold it: means over its batches and ranks."""
