@@ -152,13 +152,16 @@ def test_in_the_fair_comparison_a_control_differs_from_its_method_in_labels_alon
         assert ended.value.code in (0, None)
         found[label] = yaml.safe_load(capsys.readouterr().out)
         del found[label]["run_dir"]  # which every trial gets anew
-    dpo, coin, gently, gently_coin, spo, shuffled = found.values()
+    dpo, coin, gently, gently_coin, *step_by_step = found.values()
     pairs = "data/shapes/people-pairs", "data/shapes/people-2-pairs"
     for method, control in ((dpo, coin), (gently, gently_coin)):
         assert method["data"]["init_args"].pop("shards") == list(pairs)
         assert control["data"]["init_args"].pop("shards") == [f"{shards}-coin3" for shards in pairs]
         assert method == control
-    judge, dealt = (run["data"]["init_args"].pop("scorer") for run in (spo, shuffled))
-    assert dealt["init_args"]["scorer"] == judge
-    assert judge["init_args"]["model"]["init_args"]["pretrained"] == "runs/people_spm/export/preference"
-    assert spo == shuffled
+    for spo, shuffled in zip(step_by_step[::2], step_by_step[1::2], strict=True):
+        judge, dealt = (run["data"]["init_args"].pop("scorer") for run in (spo, shuffled))
+        assert dealt["init_args"]["scorer"] == judge
+        assert judge["init_args"]["model"]["init_args"]["pretrained"] == "runs/people_spm/export/preference"
+        assert spo == shuffled
+    without, inner = (run["data"]["init_args"]["sampler"] for run in step_by_step[::2])
+    assert inner == without | {"num_inner_step": 3, "threshold": 0.1}

@@ -69,9 +69,27 @@ def test_another_class_in_a_later_file_takes_nothing_of_the_former(above):
     assert "init_args" not in merged
 
 
-@pytest.mark.parametrize("above", [{"class_path": "a.SPO", "init_args": {"eps": 0.2}}, {"init_args": {"eps": 0.2}}])
+@pytest.mark.parametrize(
+    "above", [{"class_path": "a.SPO", "init_args": {"eps": 0.2}}, {"init_args": {"eps": 0.2}}, {"eps": 0.2}]
+)
 def test_the_same_class_in_a_later_file_keeps_its_arguments(above):
     assert merge({"objective": SPO}, {"objective": above})["objective"]["init_args"] == {"beta": 10.0, "eps": 0.2}
+
+
+def test_arguments_over_the_bare_name_of_a_class_are_its_arguments():
+    assert merge({"a": "SPO"}, {"a": {"eps": 0.2}}) == {"a": {"class_path": "SPO", "init_args": {"eps": 0.2}}}
+    assert merge({"a": "some text"}, {"a": {"eps": 0.2}}) == {"a": {"eps": 0.2}}
+
+
+@pytest.mark.parametrize("change", [{"n": 2}, {"init_args": {"n": 2}}, {"class_path": "Grid", "init_args": {"n": 2}}])
+@pytest.mark.parametrize("below", ["Grid", {"class_path": "Grid"}, {"class_path": "Grid", "init_args": {"n": 1}}])
+def test_a_callback_named_in_a_later_file_takes_arguments_with_and_without_their_keyword(below, change):
+    assert merge([below, "Cost"], {"Grid": change}) == [{"class_path": "Grid", "init_args": {"n": 2}}, "Cost"]
+
+
+def test_lists_are_appended_to_within_a_class_whose_keyword_is_left_out():
+    below = {"class_path": "WinRate", "init_args": {"rewards": ["A"]}}
+    assert merge(below, {"rewards+": "B"})["init_args"]["rewards"] == ["A", "B"]
 
 
 def test_a_class_switched_on_the_command_line_takes_nothing_of_the_former():
@@ -398,8 +416,11 @@ def test_fit_test_predict_and_an_exact_resume(folder, world, capsys):
     run.main(["test", "--config", str(world)])
     printed = capsys.readouterr().out
     assert "test prompts, step 4" in printed
-    last = "pictures (policy above, reference below): runs/tiny/samples/test_step=0000004.png"
-    assert printed.splitlines()[-1] == last  # below the table, where one looks
+    last = [
+        "pictures (policy above, reference below): runs/tiny/samples/test_step=0000004.png",
+        "largest changes, gains and losses: runs/tiny/samples/test_changes_step=0000004.png",
+    ]
+    assert printed.splitlines()[-2:] == last  # below the table, where one looks
     history = json.loads((folder / "runs" / "tiny" / "win_rate.json").read_text())
     assert [(entry["split"], entry["step"]) for entry in history] == [("val", 3), ("val", 4), ("test", 4)]
     assert history[-1]["comparisons"]["shapes"]["n"] == 5

@@ -115,8 +115,9 @@ def _entries(nodes: list[Any], part: str) -> list[int]:
 def merge(below: Any, above: Any) -> Any:
     """``above`` over ``below``: mappings key by key, everything else replaced; ``key+`` appends to a list.
 
-    A class that changes replaces its node whole; see the docstring of ``compose``. A mapping over a list of classes
-    changes those that it names, ``callbacks: {WinRate: {every_n_steps: 100}, SampleGrid: null}``.
+    A class that changes replaces its node whole; see the docstring of ``compose``. Over a class ``init_args`` may be
+    left out, ``objective: {beta: 100}``. A mapping over a list of classes changes those that it names,
+    ``callbacks: {WinRate: {every_n_steps: 100}, SampleGrid: null}``.
 
     Raises:
         ConfigError: a class that the list does not hold.
@@ -125,8 +126,12 @@ def merge(below: Any, above: Any) -> Any:
         return _merge_named(below, above)
     if isinstance(above, str) and is_class(below):
         return below if same_class(below["class_path"], above) else {"class_path": above}
+    if isinstance(below, str) and isinstance(above, dict) and class_of(below):
+        below = {"class_path": below}
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
+    if is_class(below) and not above.keys() & {"class_path", "init_args", "dict_kwargs"}:
+        above = {"init_args": above}
     if is_class(below) and is_class(above) and not same_class(below["class_path"], above["class_path"]):
         return above
     merged = dict(below)
@@ -149,8 +154,7 @@ def _merge_named(below: list[Any], above: dict[str, Any]) -> list[Any]:
         if value is None:
             remove(merged, name)
         else:
-            former = {"class_path": former} if isinstance(former, str) else former
-            put(merged, name, merge(former, value if is_class(value) else {"init_args": value}))
+            put(merged, name, merge(former, value))
     return merged
 
 
