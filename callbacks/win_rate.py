@@ -99,15 +99,12 @@ class WinRate(PolicyEvaluation):
         """Draw, score, compare, write and log. All ranks must call it; returns the metrics, equal on all."""
         module = alignment(pl_module, "WinRate")
         protocol = self.test if split == "test" and self.test is not None else self.validation
-        step = policy_step(trainer)
         with interruptible(trainer), evaluation_mode(module):
             for reward in protocol.rewards:
                 reward.to(module.device)
             policy = score_pictures(trainer, module, protocol, module.policy.predict_noise, "policy")
             reference = reference_scores(trainer, module, protocol)
-            if split == "test" and module.reference is not None and reference is not None:
-                denoise, scores = module.reference.predict_noise, (reference, policy)
-                self._changes = draw_largest_changes(trainer, module, denoise, protocol, scores, step)
+        step = policy_step(trainer)
         pictures = protocol.images_per_prompt
         against = None if reference is None else per_prompt(reference, pictures)
         report = Report.of(split, step, per_prompt(policy, pictures), against, protocol.described(module.policy))
@@ -116,4 +113,8 @@ class WinRate(PolicyEvaluation):
             Console().print(report.table())
             for logger in trainer.loggers:
                 logger.log_metrics(report.metrics(), step)
+        if split == "test" and module.reference is not None and reference is not None:
+            denoise, scores = module.reference.predict_noise, (reference, policy)
+            with interruptible(trainer), evaluation_mode(module):
+                self._changes = draw_largest_changes(trainer, module, denoise, protocol, scores, step)
         return report.metrics()

@@ -61,6 +61,7 @@ def test_the_highest_come_first_and_the_lowest_last():
         ([-0.2], [0], {0: "lost least"}),
         ([0.1, 0.2], [1, 0], {0: "gained most", 1: "gained least"}),
         ([-0.1, -0.2, -0.3], [0, 2], {0: "lost least", 1: "lost most"}),
+        ([0.0, 0.0, 0.0], [0, 2], {0: "unchanged", 1: "unchanged"}),
     ],
 )
 def test_few_are_shown_once_and_what_they_did_is_said(changes, order, headings):
@@ -91,6 +92,17 @@ def test_a_test_draws_those_that_the_first_reward_saw_change_most(tmp_path, pipe
     assert len(events.Images("largest_changes")) == 1
 
 
+def test_a_picture_that_fails_takes_no_result_with_it(tmp_path, pipelines, monkeypatch):
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("callbacks.evaluation.largest_changes.log_picture", full)
+    judge = WinRate(PROMPTS, [Brightness()], PROMPTS, QUICK)
+    with pytest.raises(OSError, match="no space left"):
+        trainer(tmp_path, judge).test(make(pipelines, LoRA(), AdapterOff()), DataLoader([0]), verbose=False)
+    assert json.loads((tmp_path / "win_rate.json").read_text())[0]["comparisons"]["brightness"]["n"] == 3
+
+
 def test_without_a_reference_there_are_none(tmp_path, pipelines, capsys):
     judge = WinRate(PROMPTS, [Brightness()], PROMPTS, QUICK)
     trainer(tmp_path, judge).test(make(pipelines, FullFineTuning(), None, SFT()), DataLoader([0]), verbose=False)
@@ -102,7 +114,7 @@ def test_headings_stand_above_their_columns_and_captions_below_them():
     rows = {"policy": [np.full((8, 8, 3), 255, np.uint8)] * 3}
     plain = np.asarray(grid_picture(rows, ["", "", ""])).min(-1) < 128
     heading = {1: "a heading that takes two lines or three"}
-    headed = np.asarray(grid_picture(rows, ["", "score\nprompt", ""], heading)).min(-1) < 128
+    headed = np.asarray(grid_picture(rows, ["", "prompt", ""], ["", "score", ""], heading)).min(-1) < 128
     added = headed.shape[0] - plain.shape[0]
     assert added % LINE == 0
     assert added >= LINE
@@ -115,6 +127,6 @@ def test_headings_stand_above_their_columns_and_captions_below_them():
     assert below[LINE : 2 * LINE, second:].any()  # the prompt's
     assert not below[2 * LINE :].any()
     assert not below[:, :second].any()
-    long = np.asarray(grid_picture(rows, ["score\n" + "a long prompt " * 20] * 3)).min(-1) < 128
+    long = np.asarray(grid_picture(rows, ["a long\nprompt " * 20] * 3, ["score"] * 3)).min(-1) < 128
     assert long[-LINE - MARGIN : -MARGIN].any()
     assert not long[-MARGIN:].any()  # a fifth line would begin here, cut off

@@ -9,13 +9,27 @@ from experiments import compare
 from experiments.ablate import read_ablation
 
 DOCS = Path(__file__).parent.parent / "docs"
-FAIR = {
-    "DPO": "fair_tiny-dpo",
-    "DPO, pairs ordered by a coin": "fair_tiny-dpo-pairs-ordered-by-a-coin",
-    "SPO": "fair_tiny-spo",
-    "SPO, scores shuffled": "fair_tiny-spo-scores-shuffled",
-}
-ABLATION = {label: f"spo_tiny-{re.sub('[^a-z]+', '-', label.lower())}" for label in read_ablation("spo_tiny")[1]}
+
+
+def folders(ablation, *labels):
+    """Label -> the name of its runs' folders without the seed; of all variants, if none is named."""
+    variants = read_ablation(ablation)[1]
+    return {
+        label: f"{ablation}-{re.sub('[^a-z]+', '-', label.lower())}"
+        for label in variants
+        if label in labels or not labels
+    }
+
+
+FAIR = folders("fair_tiny", "DPO", "DPO, pairs ordered by a coin", "SPO", "SPO, scores shuffled")
+TUNED = folders(
+    "fair_tiny",
+    "DPO with a lower beta",
+    "DPO with a lower beta, pairs ordered by a coin",
+    "SPO with inner steps",
+    "SPO with inner steps, scores shuffled",
+)
+ABLATION = folders("spo_tiny")
 # Named as experiments.demo names them.
 EXACT = {"dpo": "dpo_exact", "spo_exact": "spo_exact", "spo_exact_shuffled": "spo_exact_shuffled"}
 
@@ -32,12 +46,13 @@ def rows_and_page(tmp_path, name, runs):
 @pytest.mark.parametrize(
     ("name", "methods", "seeds"),
     [
-        ("results", FAIR, 3),
+        ("results", TUNED, 5),
+        ("results", FAIR, 5),
         ("results", EXACT, 3),
         ("results_first_weights", FAIR, 5),
         ("results_first_weights", EXACT, 3),
     ],
-    ids=["people", "exact reward", "people, first weights", "exact reward, first weights"],
+    ids=["people", "people, former settings", "exact reward", "people, first weights", "exact reward, first weights"],
 )
 def test_every_row_of_the_final_runs_is_on_the_page(tmp_path, name, methods, seeds):
     runs = [(label, f"{folder}-seed{seed}") for label, folder in methods.items() for seed in range(seeds)]
@@ -48,8 +63,8 @@ def test_every_row_of_the_final_runs_is_on_the_page(tmp_path, name, methods, see
 def test_every_row_of_a_control_at_50_is_on_the_page(tmp_path):
     """Beside the rows that the comparison above it has."""
     seeds = {"DPO": 5, "DPO gently": 5, "DPO gently, pairs ordered by a coin": 5, "SPO": 5}
-    slugs = {label: re.sub("[^a-z]+", "-", label.lower()) for label in seeds}
-    runs = [(label, f"fair_tiny-{slugs[label]}-seed{seed}") for label in seeds for seed in range(seeds[label])]
+    names = folders("fair_tiny", *seeds)
+    runs = [(label, f"{names[label]}-seed{seed}") for label in seeds for seed in range(seeds[label])]
     rows, page = rows_and_page(tmp_path, "results_first_weights", runs)
     assert len([row for row in rows if "gently" in row]) >= 10
     assert [row for row in rows if row not in page and "SPO - DPO gently, pairs" not in row] == []

@@ -92,6 +92,48 @@ def test_lists_are_appended_to_within_a_class_whose_keyword_is_left_out():
     assert merge(below, {"rewards+": "B"})["init_args"]["rewards"] == ["A", "B"]
 
 
+def test_a_class_laid_over_settings_without_one_takes_them():
+    above = {"class_path": "Sampler", "init_args": {"steps": 50}}
+    merged = {"class_path": "Sampler", "init_args": {"steps": 50, "eta": 0.0}}
+    assert merge({"steps": 20, "eta": 0.0}, above) == merged
+
+
+@pytest.mark.parametrize("above", ["rewards.brightness", "${model.reward}", "embedded/shapes"])
+def test_a_text_that_names_no_class_replaces_one(above):
+    assert merge({"reward": {"class_path": "PickScore"}}, {"reward": above}) == {"reward": above}
+
+
+def test_what_is_no_list_is_appended_to_as_one_and_settings_are_not():
+    assert merge({"shards": "a"}, {"shards+": "b"}) == {"shards": ["a", "b"]}
+    assert merge({"shards": None}, {"shards+": ["b"]}) == {"shards": ["b"]}
+    with pytest.raises(ConfigError, match="appends to callbacks, which is no list below it, but has WinRate"):
+        merge({"callbacks": {"WinRate": {}}}, {"callbacks+": ["Cost"]})
+
+
+def test_entries_that_go_by_number_are_those_of_the_list_below():
+    assert merge(["A", "B", "C"], {0: None, "1": None}) == ["C"]
+    assert merge(["A", "B"], {0: None, "B": {"n": 1}}) == [{"class_path": "B", "init_args": {"n": 1}}]
+    assert merge({"weights": {1: 0.5, 2: 1.0}}, {"weights": {2: 3.0}}) == {"weights": {1: 0.5, 2: 3.0}}
+
+
+def test_an_overlay_with_a_base_changes_what_lies_below_both(tmp_path):
+    """What it appends is appended to the config's list, and what it changes of a class is the class's."""
+    (tmp_path / "mine.yaml").write_text(
+        "base: [one, two]\nmodel: {objective: {beta: 100}}\ntrainer: {callbacks+: [Third]}\n"
+    )
+    (tmp_path / "one.yaml").write_text("trainer: {callbacks+: [First], callbacks: {WinRate: {batch_size: 3}}}\n")
+    (tmp_path / "two.yaml").write_text("model: {init_args: {seed: 5}}\ntrainer: {callbacks: {First: {n: 2}}}\n")
+    plain = CommandLine.split(["--config", "dpo_tiny"]).tree()
+    tree = CommandLine.split(["--config", "dpo_tiny", "--config", str(tmp_path / "mine.yaml")]).tree()
+    assert tree["model"]["init_args"]["objective"]["init_args"]["beta"] == 100
+    assert tree["model"]["init_args"]["seed"] == 5
+    assert tree["model"].keys() == plain["model"].keys()
+    *kept, first, third = tree["trainer"]["callbacks"]
+    assert (first, third) == ({"class_path": "First", "init_args": {"n": 2}}, "Third")
+    changed = [node["class_path"] for node, was in zip(kept, plain["trainer"]["callbacks"], strict=True) if node != was]
+    assert changed == ["WinRate"]
+
+
 def test_a_class_switched_on_the_command_line_takes_nothing_of_the_former():
     for key, value in settings(["--model.objective=DPO", "--model.objective", "DPO"]):
         tree = {"model": {"class_path": "M", "init_args": {"objective": dict(SPO), "width": 3}}}

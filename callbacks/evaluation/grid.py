@@ -53,13 +53,17 @@ def drawn_row(
 
 
 def grid_picture(
-    rows: Mapping[str, Row], captions: Sequence[str], headings: Mapping[int, str] | None = None
+    rows: Mapping[str, Row],
+    captions: Sequence[str],
+    notes: Sequence[str] = (),
+    headings: Mapping[int, str] | None = None,
 ) -> Image.Image:
     """Rows of pictures as one.
 
     Args:
         rows: name, at the left of the row -> its pictures, all of one size.
-        captions: under every column; in lines of its width, at most ``CAPTION_LINES``. A line break is kept.
+        captions: under every column, in lines of its width.
+        notes: a line above every caption; with it at most ``CAPTION_LINES``.
         headings: index of a column -> what stands above it and those at its right, up to the next that has one.
     """
     font = ImageFont.load_default(size=LINE - 2)
@@ -67,7 +71,7 @@ def grid_picture(
     characters = int(cell / font.getlength("n"))
     starts = sorted(headings or {})
     spans = [end - start for start, end in pairwise([*starts, len(captions)])]
-    heads = [_wrapped((headings or {})[c], characters * span) for c, span in zip(starts, spans, strict=True)]
+    heads = [textwrap.fill((headings or {})[c], characters * span) for c, span in zip(starts, spans, strict=True)]
     left = 2 * MARGIN + max(int(font.getlength(name)) for name in rows)
     above = MARGIN + max((head.count("\n") + 1 for head in heads), default=0) * LINE
     width = left + len(captions) * (cell + MARGIN)
@@ -83,12 +87,8 @@ def grid_picture(
             enlarged = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
             canvas.paste(enlarged, (left + c * (cell + MARGIN), top))
     for c, caption in enumerate(captions):
+        note = list(notes[c : c + 1])
+        lines = textwrap.wrap(caption, characters, max_lines=CAPTION_LINES - len(note), placeholder=" ...")
         corner = (left + c * (cell + MARGIN), height - CAPTION_LINES * LINE - MARGIN)
-        draw.multiline_text(corner, _wrapped(caption, characters), "black", font, spacing=0)
+        draw.multiline_text(corner, "\n".join([*note, *lines]), "black", font, spacing=0)
     return canvas
-
-
-def _wrapped(text: str, characters: int) -> str:
-    *first, last = text.split("\n")
-    lines = textwrap.wrap(last, characters, max_lines=CAPTION_LINES - len(first), placeholder=" ...")
-    return "\n".join([*first, *lines])

@@ -53,9 +53,10 @@ def draw_largest_changes(
     }
     path = Path(trainer.default_root_dir) / "samples" / f"test_changes_step={step:07d}.png"
     if trainer.is_global_zero:
-        captions = [f"{before[i]:.3f} to {after[i]:.3f}\n{r.prompt}" for i, r in zip(chosen, requests, strict=True)]
+        captions = [request.prompt for request in requests]
+        notes = [f"{before[i]:.3f} to {after[i]:.3f}" for i in chosen]
         columns = {c: f"{heading} by {name}, of {len(after)} pictures" for c, heading in headings.items()}
-        grid = np.asarray(grid_picture(rows, captions, columns))
+        grid = np.asarray(grid_picture(rows, captions, notes, columns))
         with atomic_file(path) as file:
             file.write(png(grid))
         log_picture(trainer, "largest_changes", grid, step)
@@ -66,6 +67,7 @@ def largest(changes: Float[np.ndarray, " n"]) -> tuple[list[int], dict[int, str]
     """Indices of the changes to show, the highest first and the lowest last; and what stands above which of them."""
     order = np.argsort(-changes, kind="stable").tolist()
     each = min(EACH, len(order) // 2)
-    best = "gained most" if changes[order[0]] > 0 else "lost least"
-    worst = "lost most" if changes[order[-1]] < 0 else "gained least"
+    highest, lowest = changes[order[0]], changes[order[-1]]
+    best = "gained most" if highest > 0 else "lost least" if highest < 0 else "unchanged"
+    worst = "lost most" if lowest < 0 else "gained least" if lowest > 0 else "unchanged"
     return ([*order[:each], *order[-each:]], {0: best, each: worst}) if each else (order, {0: best})

@@ -16,7 +16,7 @@ import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,8 @@ class CommandLine:
     def tree(self) -> dict[str, Any]:
         """The files merged in their order."""
         tree: dict[str, Any] = {}
-        for name in self.configs:
-            tree = merge(tree, load(find_config(name)))
+        for layer in (layer for name in self.configs for layer in layers(find_config(name))):
+            tree = merge(tree, layer)
         return tree
 
 
@@ -148,11 +148,17 @@ def find_config(name: str) -> Path:
     raise ConfigError(f"config {name!r} is no file and no packaged config{close}; there are {', '.join(have)}")
 
 
-def load(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """One YAML file as a tree, over the configs that it names as its ``base``; ``${...}`` are left as they are.
+def load(path: Path) -> dict[str, Any]:
+    """One YAML file as a tree, over the configs that it names as its ``base``; see ``layers``."""
+    return reduce(merge, layers(path))
 
-    What a run has kept of a start (``saved_settings``) is as it was composed: what was taken from elsewhere is so
-    again, and where that run lived is left out.
+
+def layers(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """The trees of the configs that a YAML file names as its ``base``, and its own, which is laid over them.
+
+    ``${...}`` are left as they are. What a run has kept of a start (``saved_settings``) is as it was composed: what was
+    taken from elsewhere is so again, and where that run lived is left out. One by one over what lies below, not merged
+    with each other before: only there an overlay's changes find the class or the list that they change.
 
     Args:
         path: the file.
@@ -170,13 +176,13 @@ def load(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     for key, text in _mapping(_mapping(start).get("references")).items():
         if find(tree, key) is not MISSING:
             put(tree, key, text)
-    merged: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
     for name in [base] if isinstance(base, str) else base:
         below = _base(str(name), path)
         if below in (path, *above):
             raise ConfigError(f"config {path}: its base {name} has it as a base again")
-        merged = merge(merged, load(below, (path, *above)))
-    return merge(merged, tree) if merged else tree
+        found += layers(below, (path, *above))
+    return [*found, tree]
 
 
 def _base(name: str, path: Path) -> Path:

@@ -116,46 +116,57 @@ def merge(below: Any, above: Any) -> Any:
     """``above`` over ``below``: mappings key by key, everything else replaced; ``key+`` appends to a list.
 
     A class that changes replaces its node whole; see the docstring of ``compose``. Over a class ``init_args`` may be
-    left out, ``objective: {beta: 100}``. A mapping over a list of classes changes those that it names,
-    ``callbacks: {WinRate: {every_n_steps: 100}, SampleGrid: null}``.
+    left out, ``objective: {beta: 100}``; a mapping without a class takes the one that is laid over it. A mapping over a
+    list of classes changes those that it names, ``callbacks: {WinRate: {every_n_steps: 100}, SampleGrid: null}``.
 
     Raises:
-        ConfigError: a class that the list does not hold.
+        ConfigError: a class that the list does not hold, or appending to what is no list.
     """
     if isinstance(below, list) and isinstance(above, dict) and not is_class(above):
         return _merge_named(below, above)
-    if isinstance(above, str) and is_class(below):
+    if isinstance(above, str) and is_class(below) and class_named_by(above) == above:
         return below if same_class(below["class_path"], above) else {"class_path": above}
-    if isinstance(below, str) and isinstance(above, dict) and class_of(below):
+    if isinstance(below, str) and isinstance(above, dict) and class_named_by(below) == below:
         below = {"class_path": below}
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    if is_class(below) and not above.keys() & {"class_path", "init_args", "dict_kwargs"}:
+    if is_class(below) and not _has_keywords(above):
         above = {"init_args": above}
+    if is_class(above) and below and not _has_keywords(below):
+        below = {"class_path": above["class_path"], "init_args": below}
     if is_class(below) and is_class(above) and not same_class(below["class_path"], above["class_path"]):
         return above
     merged = dict(below)
     for key, value in above.items():
-        if key.endswith("+"):
-            former = merged.get(key[:-1]) or []
-            merged[key[:-1]] = former + (value if isinstance(value, list) else [value])
+        if isinstance(key, str) and key.endswith("+"):
+            merged[key[:-1]] = _appended(key, merged.get(key[:-1]), value)
         else:
             merged[key] = merge(merged[key], value) if key in merged else value
     return merged
 
 
-def _merge_named(below: list[Any], above: dict[str, Any]) -> list[Any]:
-    merged = list(below)
+def _has_keywords(node: dict[str, Any]) -> bool:
+    return not node.keys().isdisjoint(("class_path", "init_args", "dict_kwargs"))
+
+
+def _appended(key: str, former: Any, value: Any) -> list[Any]:
+    if isinstance(former, dict):
+        raise ConfigError(f"a config appends to {key[:-1]}, which is no list below it, but has {', '.join(former)}")
+    lists = [[] if node is None else node if isinstance(node, list) else [node] for node in (former, value)]
+    return lists[0] + lists[1]
+
+
+def _merge_named(below: list[Any], above: dict[Any, Any]) -> list[Any]:
+    changed: dict[int, Any] = {}
     for name, value in above.items():
-        former = child(merged, name)
-        if former is MISSING:
+        entries = _entries(below, str(name))
+        if not entries:
             have = ", ".join(short(class_of(node) or str(node)) for node in below)
             raise ConfigError(f"a config changes {name}, which the list below it does not hold; there are {have}")
-        if value is None:
-            remove(merged, name)
-        else:
-            put(merged, name, merge(former, value))
-    return merged
+        number = entries[0]
+        changed[number] = MISSING if value is None else merge(changed.get(number, below[number]), value)
+    present = (changed.get(number, node) for number, node in enumerate(below))
+    return [node for node in present if node is not MISSING]
 
 
 def switch_class(tree: dict[str, Any], key: str, value: str) -> None:
