@@ -11,8 +11,9 @@ import pytest
 from comparison_runs import BASE, cost, write_run
 from PIL import Image
 
-from callbacks.evaluation.statistics import wilson_interval
+from callbacks.evaluation.statistics import clustered_wilson, wilson_interval
 from experiments.compare import labelled, main
+from experiments.comparison import figures
 from experiments.comparison.figures import amount
 from experiments.comparison.methods import Comparison
 from experiments.comparison.page import quality, tables
@@ -122,6 +123,52 @@ def test_the_base_has_a_row_of_its_own(folders):
     assert grid.rows[1][4].startswith("81.2% [")
     assert grid.rows[1][5] == "8.8"
     assert grid.rows[2][4].startswith("75.0% [")
+
+
+@pytest.fixture
+def halfway(tmp_path):
+    """Two seeds of a method, at step 50 at 0.7 and 0.9 on the first prompt and at the base's 0.5 on the second."""
+
+    def write(former=False):
+        found = []
+        for seed, score in enumerate((0.7, 0.9)):
+            folder = tmp_path / f"{former}{seed}"
+            write_run(
+                folder, [0.6] * 4, halfway=[score, score, 0.5, 0.5], costs=[cost(100)], former=former and seed == 1
+            )
+            found.append(Run.read("DPO", folder, "test"))
+        return Comparison.of(found, "test")
+
+    return write
+
+
+def test_intervals_along_a_curve_by_hand(halfway):
+    """The first prompt has gained 0.3 and won, the second nothing: 0.15 with a standard error of 0.15; 75% won."""
+    (method,) = halfway().methods
+    gain, rate = method.gain_at(50, "shapes"), method.rate_at(50, "shapes")
+    quantile = 12.7062  # Student's with one degree of freedom
+    assert (gain.mean, gain.low, gain.high) == pytest.approx((0.15, 0.15 - 0.15 * quantile, 0.15 + 0.15 * quantile))
+    assert rate.rate == 0.75
+    assert rate.interval == clustered_wilson([[1.0] * 4, [0.5] * 4])
+    assert method.gain_at(100, "shapes").mean == pytest.approx(0.1)
+    (former,) = halfway(former=True).methods
+    assert (former.gain_at(50, "shapes"), former.rate_at(50, "shapes")) == (None, None)
+    assert method.gain_at(70, "shapes") is None
+
+
+def test_curves_have_them_as_whiskers(halfway, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    comparison = halfway()
+    for found in (comparison, halfway(former=True)):
+        figures.curves(found, "shapes")
+    (method,) = comparison.methods
+    ends = [[bar.lines[2][0].get_segments()[0][:, 1] for bar in drawn[0].axes[row].containers] for row in (0, 3)]
+    gain, rate = method.gain_at(50, "shapes"), method.rate_at(50, "shapes")
+    assert [len(row) for row in ends] == [2, 2]  # steps 50 and 100
+    assert ends[0][0] == pytest.approx([0.5 + gain.low, 0.5 + gain.high])
+    assert ends[1][0] == pytest.approx([100 * end for end in rate.interval])
+    assert [len(axes.containers) for axes in drawn[1].axes] == [0] * 6
 
 
 def test_settings_that_differ(folders):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from callbacks.evaluation.statistics import INTERVAL
-from experiments.comparison.methods import Comparison
+from experiments.comparison.methods import Comparison, Method
 from experiments.comparison.runs import Rate, Run
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; markers tell them apart in grey.
@@ -37,13 +38,16 @@ STYLE: Any = {  # matplotlib types its keys as a list of literals
 }
 
 Point = tuple[int | float, float]
+Interval = tuple[float, float]
 Position = Callable[[Run, int | float], float]  # where a run's step stands on the axis
 
 
 def curves(comparison: Comparison, reward: str) -> bytes:
     """PNG: validation reward and win rate against steps and against every cost; a thin line per seed, their mean bold.
 
-    A run starts at the base's scores: before the first step policy and reference are one.
+    A run starts at the base's scores: before the first step policy and reference are one. Whiskers, of every prompt
+    averaged over the seeds: Student's 95% interval of the paired difference from the base, and the clustered Wilson
+    interval of the win rate; none where the scores of every picture are not known.
     """
     axes_of: dict[str, Position] = {"optimizer steps": lambda run, step: step}
     for name in comparison.costs:
@@ -53,8 +57,8 @@ def curves(comparison: Comparison, reward: str) -> bytes:
         width = 4.2 * len(axes_of) + 0.4
         figure, grid = plt.subplots(2, len(axes_of), figsize=(width, 6.6), squeeze=False, sharex="col", sharey="row")
         for column, (title, position) in enumerate(axes_of.items()):
-            _draw_curves(grid[0][column], comparison, position, _reward_points(comparison, reward))
-            _draw_curves(grid[1][column], comparison, position, _rate_points(reward))
+            _draw_curves(grid[0][column], comparison, position, _reward_points(reward), partial(_gain, reward))
+            _draw_curves(grid[1][column], comparison, position, _rate_points(reward), partial(_rate, reward))
             base = comparison.base(reward, "val")
             if base is not None:
                 grid[0][column].axhline(base.mean, color=BASE, linestyle="--", linewidth=1.2, label="base")
@@ -65,7 +69,8 @@ def curves(comparison: Comparison, reward: str) -> bytes:
             grid[1][column].set_xlim(left=0)
         grid[0][0].set_ylabel(f"{reward} reward")
         grid[1][0].set_ylabel("win rate against the base, %")
-        _legend_above(figure, grid[0][0], f"validation prompts, {_seeds(comparison)}")
+        whiskers = f"whiskers: difference from the base, and win rate; {INTERVAL}"
+        _legend_above(figure, grid[0][0], f"validation prompts, {_seeds(comparison)}; {whiskers}")
         return _png(figure)
 
 
@@ -113,7 +118,7 @@ def _cost_position(name: str) -> Position:
     return position
 
 
-def _reward_points(comparison: Comparison, reward: str) -> Callable[[Run], list[Point]]:
+def _reward_points(reward: str) -> Callable[[Run], list[Point]]:
     def points(run: Run) -> list[Point]:
         start = [(0.0, entry["reference"][reward]["mean"]) for entry in run.curve[:1] if entry["reference"]]
         return start + [(entry["step"], entry["policy"][reward]["mean"]) for entry in run.curve if entry["step"]]
@@ -130,7 +135,28 @@ def _rate_points(reward: str) -> Callable[[Run], list[Point]]:
     return points
 
 
-def _draw_curves(axes: Axes, comparison: Comparison, position: Position, points: Callable[[Run], list[Point]]) -> None:
+def _gain(reward: str, method: Method, step: int | float, mean: float) -> Interval | None:
+    """Ends of the paired difference's interval, seen from the method's mean."""
+    gain = method.gain_at(step, reward)
+    if gain is None or gain.low is None or gain.high is None:
+        return None
+    return mean + gain.low - gain.mean, mean + gain.high - gain.mean
+
+
+def _rate(reward: str, method: Method, step: int | float, mean: float) -> Interval | None:
+    rate = method.rate_at(step, reward)
+    if rate is None or rate.interval is None:
+        return None
+    return 100 * rate.interval[0], 100 * rate.interval[1]
+
+
+def _draw_curves(
+    axes: Axes,
+    comparison: Comparison,
+    position: Position,
+    points: Callable[[Run], list[Point]],
+    interval: Callable[[Method, int | float, float], Interval | None],
+) -> None:
     for number, method in enumerate(comparison.methods):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         by_step: defaultdict[int | float, list[Point]] = defaultdict(list)
@@ -141,9 +167,15 @@ def _draw_curves(axes: Axes, comparison: Comparison, position: Position, points:
             if len(method.runs) > 1:
                 axes.plot(*_columns(line), color=colour, linewidth=0.8, alpha=0.4)
         # Where one seed was judged and another not, a mean would jump: only steps that all of them have.
-        shared = [found for _, found in sorted(by_step.items()) if len(found) == len(method.runs)]
-        mean = [(fmean(x for x, _ in found), fmean(y for _, y in found)) for found in shared]
-        axes.plot(*_columns(mean), color=colour, marker=marker, markersize=5, linewidth=2, label=method.label)
+        shared = {step: found for step, found in sorted(by_step.items()) if len(found) == len(method.runs)}
+        mean = {step: (fmean(x for x, _ in found), fmean(y for _, y in found)) for step, found in shared.items()}
+        axes.plot(
+            *_columns([*mean.values()]), color=colour, marker=marker, markersize=5, linewidth=2, label=method.label
+        )
+        for step, (x, y) in mean.items():
+            if step and (ends := interval(method, step, y)) is not None:
+                reach = [[max(0.0, y - ends[0])], [max(0.0, ends[1] - y)]]  # rounding at 0 and 1
+                axes.errorbar(x, y, yerr=reach, color=colour, capsize=3, linewidth=1)
 
 
 def _columns(points: Sequence[Point]) -> tuple[list[int | float], list[float]]:

@@ -77,6 +77,25 @@ class Method:
         rates = [found.rate for run in self.runs if (found := run.wins(reward)) is not None]
         return Rate(statistics.fmean(rates), None, spread(rates)) if len(rates) == len(self.runs) else None
 
+    def gain_at(self, step: int | float, reward: str) -> Mean | None:
+        """What the policy has more than the base on the validation prompts at a step, prompt by prompt.
+
+        None at a step or for runs of which the scores of every picture are not known.
+        """
+        pairs = self._judged_at(step, reward)
+        return paired_difference(*map(over_runs, zip(*pairs))) if pairs else None
+
+    def rate_at(self, step: int | float, reward: str) -> Rate | None:
+        """The win rate against the base on the validation prompts at a step; None as for ``gain_at``."""
+        pairs = self._judged_at(step, reward)
+        return Rate.of(pairs) if pairs else None
+
+    def _judged_at(self, step: int | float, reward: str) -> list[tuple[PerPicture, PerPicture]]:
+        """Every run's scores of policy and reference; empty where one has none."""
+        entries = [entry.get("scores", {}) for run in self.runs for entry in run.curve if entry["step"] == step]
+        known = [(s["policy"][reward], s["reference"][reward]) for s in entries if s.get("reference")]
+        return known if len(known) == len(self.runs) else []
+
     def cost(self, name: str) -> float | None:
         """Mean over the runs, up to the step that was judged."""
         costs = [run.cost(name, run.result["step"]) for run in self.runs]
