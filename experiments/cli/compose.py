@@ -82,8 +82,9 @@ class CommandLine:
     def tree(self) -> dict[str, Any]:
         """The files merged in their order."""
         tree: dict[str, Any] = {}
-        for layer in (layer for name in self.configs for layer in layers(find_config(name))):
-            tree = merge(tree, layer)
+        for name in self.configs:
+            for layer in layers(find_config(name)):
+                tree = merge(tree, layer)
         return tree
 
 
