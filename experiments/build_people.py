@@ -1,4 +1,4 @@
-"""People's preferences, and a judge that learns from them alone: where the fair comparison of docs/results.md starts.
+"""People's preferences, and judges that learn from them alone: where the fair comparison of docs/results.md starts.
 
     python -m experiments.build_people
     python -m experiments.ablate fair_tiny --seeds 0 1 2 3 4
@@ -10,7 +10,8 @@ begun with other settings are refused, a pipeline or a CLIP that is there is tak
 - preferences (``collect_preferences``) between pictures of the early and the late checkpoint and of an artist, two sets
   to learn from and one to validate on, as shards; for the control of each seed, the same pairs ordered by a coin;
 - a CLIP that has learned from drawings which prompt a picture belongs to, and no preference (``build_preference``);
-- SPO's judge (``spm_tiny``), which starts from that CLIP and learns from these preferences alone.
+- SPO's judge (``spm_tiny``), which starts from that CLIP and learns from these preferences alone;
+- LPO's judge (``lrm_tiny``), which starts from the base's UNet and text encoder and learns from them alone, too.
 """
 
 from __future__ import annotations
@@ -32,8 +33,18 @@ EARLY = 1500  # steps of the early checkpoint; the base had 5000
 TRAIN = {"people": (0, 4096), "people-2": (2, 4096)}  # seed and pairs of each set
 VALIDATION = {"people-val": (1, 512)}
 MATCHING = 3000  # steps of the CLIP's training
-# Of two tries: from 3500 pairs at 3e-4, 0.641 over five timesteps at step 500; from 7000 pairs at 1e-4, 0.650 at 600.
-JUDGE = ("--model.optimizer.lr=1e-4", "--trainer.max_steps=800", "--trainer.val_check_interval=100")
+CLIP = "runs/shapes_clip"
+# Folder -> words for run. SPO's was the better of two tries on the first weights, LPO's is the one that was tried.
+JUDGES = {
+    "runs/people_spm": (
+        "--config=spm_tiny",
+        f"--model.preference.pretrained={CLIP}",
+        "--model.optimizer.lr=1e-4",
+        "--trainer.max_steps=800",
+        "--trainer.val_check_interval=100",
+    ),
+    "runs/people_lrm": ("--config=lrm_tiny",),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in seeds:
         for name in TRAIN:
             coin(Path("data/shapes") / f"{name}-pairs", seed)
-    clip = Path("runs/shapes_clip")
-    matching = ["--matching", f"--steps={MATCHING}", "--output", clip]
-    unless(clip, build_preference.main, "shapes.build_preference", *matching)
-    judge(clip, Path("runs/people_spm"))
+    matching = ["--matching", f"--steps={MATCHING}", "--output", CLIP]
+    unless(Path(CLIP), build_preference.main, "shapes.build_preference", *matching)
+    for folder, settings in JUDGES.items():
+        judge(folder, settings)
 
 
 def unless(made: Path, command: Callable[..., Any], name: str, *words: Any) -> None:
@@ -90,12 +101,11 @@ def coin(shards: Path, seed: int) -> None:
     show(relabel.main, "relabel", *words)
 
 
-def judge(clip: Path, folder: Path) -> None:
+def judge(folder: str, settings: Sequence[str]) -> None:
     learned = ", ".join(f"data/shapes/{name}-pairs" for name in TRAIN)
     (validation,) = VALIDATION
     data = [f"--data.shards=[{learned}]", f"--data.val_shards=data/shapes/{validation}-pairs"]
-    words = ["--config", "spm_tiny", f"--model.preference.pretrained={clip}", *data, *JUDGE]
-    show(run.main, "run", *words, "--run_dir", folder, "--ckpt_path", "auto")
+    show(run.main, "run", *settings, *data, "--run_dir", folder, "--ckpt_path", "auto")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from experiments import build_people
 from experiments.shapes import collect_preferences, measure_judges
 from lightning_modules.errors import ConfigError
 from lightning_modules.policies import Frozen, StableDiffusion
+from lightning_modules.rewards.latent import LatentRewardModel
+from lightning_modules.rewards.step_aware import StepAwarePreferenceModel
 from lightning_modules.sampling.step_scorers import RandomScorer, RewardScorer
 from lightning_modules.shapes.reward import ShapesReward
 
@@ -26,7 +28,7 @@ def few_ways(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*dataloader is not resumable:UserWarning")
-def test_the_road_from_labels_to_the_judge_is_one_command_that_makes_nothing_twice(
+def test_the_road_from_labels_to_the_judges_is_one_command_that_makes_nothing_twice(
     tmp_path, monkeypatch, few_ways, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -35,15 +37,18 @@ def test_the_road_from_labels_to_the_judge_is_one_command_that_makes_nothing_twi
     monkeypatch.setattr(build_people, "VALIDATION", {"people-val": (1, 12)})
     monkeypatch.setattr(build_people, "MATCHING", 1)
     short = ("--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.batch_size=4")
-    monkeypatch.setattr(build_people, "JUDGE", short)
+    judges = {folder: (*settings, *short) for folder, settings in build_people.JUDGES.items()}
+    monkeypatch.setattr(build_people, "JUDGES", judges)
     build_people.main(["--seeds", "7"])
     assert names(capsys) == [
         *("shapes.build_pipeline", "run", "shapes.build_pipeline"),
         *["shapes.collect_preferences", "prepare_pickapic"] * 3,
         *["relabel"] * 2,
-        *("shapes.build_preference", "run"),
+        *("shapes.build_preference", "run", "run"),
     ]
-    assert (tmp_path / "runs" / "people_spm" / "export" / "preference" / "model.safetensors").exists()
+    aware, latent = (str(tmp_path / "runs" / name / "export" / "preference") for name in ("people_spm", "people_lrm"))
+    assert StepAwarePreferenceModel(aware, processor=None)
+    assert LatentRewardModel(latent, tokenizer="embedded/shapes")
     pairs, coin = (
         json.loads((tmp_path / "data" / "shapes" / name / "manifest.json").read_text())
         for name in ("people-pairs", "people-pairs-coin7")
