@@ -153,16 +153,18 @@ def test_in_the_fair_comparison_a_control_differs_from_its_method_in_labels_alon
         found[label] = yaml.safe_load(capsys.readouterr().out)
         del found[label]["run_dir"]  # which every trial gets anew
     trials = list(found.values())
-    on_pairs, on_pools = trials[:-4], trials[-4:]
+    on_pairs, on_pools = trials[:-6], trials[-6:]
     pairs = "data/shapes/people-pairs", "data/shapes/people-2-pairs"
     for method, control in zip(on_pairs[::2], on_pairs[1::2], strict=True):
         assert method["data"]["init_args"].pop("shards") == list(pairs)
         assert control["data"]["init_args"].pop("shards") == [f"{shards}-coin3" for shards in pairs]
         assert method == control
-    for spo, shuffled in zip(on_pools[::2], on_pools[1::2], strict=True):
-        judge, dealt = (run["data"]["init_args"].pop("scorer") for run in (spo, shuffled))
+    for own, shuffled, learned in zip(on_pools[::2], on_pools[1::2], ("spm", "spm", "lrm"), strict=True):
+        judge, dealt = (run["data"]["init_args"].pop("scorer") for run in (own, shuffled))
         assert dealt["init_args"]["scorer"] == judge
-        assert judge["init_args"]["model"]["init_args"]["pretrained"] == "runs/people_spm/export/preference"
-        assert spo == shuffled
-    without, inner = (run["data"]["init_args"]["sampler"] for run in on_pools[::2])
+        assert judge["init_args"]["model"]["init_args"]["pretrained"] == f"runs/people_{learned}/export/preference"
+        assert own == shuffled
+    without, inner, latent = (run["data"]["init_args"]["sampler"] for run in on_pools[::2])
     assert inner == without | {"num_inner_step": 3, "threshold": 0.1}
+    assert latent["num_inner_step"] == 3
+    assert on_pools[0]["model"] == on_pools[4]["model"]
