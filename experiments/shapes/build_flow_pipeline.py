@@ -1,6 +1,6 @@
 r"""Makes the embedded flow world's pipeline folder: a Stable Diffusion 3 of shapes, to train from or to ship.
 
-Retraining it from scratch, 66 minutes on 2 cores beside other work:
+Retraining it from scratch, 39 minutes of one thread beside other work:
 
     python -m experiments.shapes.build_flow_pipeline --output runs/shapes_flow
     python -m experiments.run --config pretrain_shapes_flow
