@@ -28,6 +28,8 @@ TUNED = folders(
     "DPO with a lower beta, pairs ordered by a coin",
     "SPO with inner steps",
     "SPO with inner steps, scores shuffled",
+    "LPO",
+    "LPO, scores shuffled",
 )
 ABLATION = folders("spo_tiny")
 # Named as experiments.demo names them.
