@@ -40,7 +40,8 @@ def test_the_commands_of_lrm_tiny_make_a_model_that_lpo_tiny_takes_as_its_judge(
     entry = json.loads((tmp_path / "runs" / "lpo_tiny" / "cost.json").read_text())[-1]
     assert entry["step"] == 2
     assert entry["drawn_pictures"] == 0
-    assert entry["sampling_denoiser_rows"] % (2 * 4 * 2) == 0  # two prompts, four steps, twice for guidance
+    # Two prompts, twice for guidance: the first step, then three inner steps of four candidates, which end it.
+    assert entry["sampling_denoiser_rows"] % (2 * 2 * (1 + 3 * 4)) == 0
 
 
 @torch.no_grad()

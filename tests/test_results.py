@@ -33,6 +33,7 @@ TUNED = folders(
 )
 ABLATION = folders("spo_tiny")
 # Named as experiments.demo names them.
+SHIPPED = {"spo": "spo", "lpo": "lpo"}
 EXACT = {"dpo": "dpo_exact", "spo_exact": "spo_exact", "spo_exact_shuffled": "spo_exact_shuffled"}
 
 
@@ -51,10 +52,18 @@ def rows_and_page(tmp_path, name, runs):
         ("results", TUNED, 5),
         ("results", FAIR, 5),
         ("results", EXACT, 3),
+        ("results", SHIPPED, 3),
         ("results_first_weights", FAIR, 5),
         ("results_first_weights", EXACT, 3),
     ],
-    ids=["people", "people, former settings", "exact reward", "people, first weights", "exact reward, first weights"],
+    ids=[
+        "people",
+        "people, former settings",
+        "exact reward",
+        "judges that ship",
+        "people, first weights",
+        "exact reward, first weights",
+    ],
 )
 def test_every_row_of_the_final_runs_is_on_the_page(tmp_path, name, methods, seeds):
     runs = [(label, f"{folder}-seed{seed}") for label, folder in methods.items() for seed in range(seeds)]
